@@ -1,0 +1,256 @@
+"""What a plugin imports: the protocols of all component kinds and the ``hookimpl`` marker. Nothing else is needed.
+
+A component is a final frozen dataclass: ``name`` is the recipe's word for it, its fields are its options (typed and
+bounded by ``typing.Annotated``; they become the recipe's schema), and it has the one method of its kind. It keeps no
+state and does no I/O (sources and evaluators read what their options name). ``requires`` names the statistics that it
+reads; calibration collects the union of what a recipe's components need, and no more. Shape letters: `dernkit.types`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import pluggy
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dernkit.errors import CheckpointError, ContractError, DernkitError, PluginError, RecipeError
+from dernkit.types import (
+    STATISTICS,
+    Assignment,
+    CompressedLayer,
+    ExpertBank,
+    LayerDims,
+    LayerPlan,
+    LayerStats,
+    Pool,
+)
+
+__all__ = [
+    "Adapter",
+    "Assigner",
+    "Assignment",
+    "Block",
+    "Budget",
+    "CheckpointError",
+    "CompressedLayer",
+    "ContractError",
+    "DernkitError",
+    "Evaluator",
+    "ExpertBank",
+    "KeepLimits",
+    "LayerDims",
+    "LayerPlan",
+    "LayerStats",
+    "Match",
+    "Merge",
+    "PluginError",
+    "Pool",
+    "RecipeError",
+    "Report",
+    "Router",
+    "STATISTICS",
+    "Scorer",
+    "Similarity",
+    "Source",
+    "Subject",
+    "hookimpl",
+]
+
+hookimpl = pluggy.HookimplMarker("dernkit")
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """How much each expert matters."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]]
+
+    def score(self, bank: ExpertBank, stats: LayerStats) -> Float[Tensor, " experts"]:
+        """float64 scores, higher stays; finite even for an expert that saw no token."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeepLimits:
+    """What one layer allows: ``smallest <= count <= experts`` in steps of ``multiple`` (the router's groups)."""
+
+    layer: int
+    experts: int
+    smallest: int
+    multiple: int
+
+
+@runtime_checkable
+class Budget(Protocol):
+    """How many experts each layer keeps."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]]
+
+    def allocate(
+        self, scores: Sequence[Float[Tensor, " experts"]], keep: int | float, limits: Sequence[KeepLimits]
+    ) -> list[int]:
+        """Kept count per layer. ``keep``: a float in (0, 1] is a fraction, an integer a count."""
+        ...
+
+
+@runtime_checkable
+class Assigner(Protocol):
+    """Which segments of the dropped experts go to which kept expert."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]]
+
+    def assign(self, bank: ExpertBank, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Assignment: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """For each segment of one dropped expert and each kept expert: the best affinity and the neuron that gives it."""
+
+    affinity: Float[Tensor, "width kept"]
+    partner: Int64[Tensor, "width kept"]
+
+
+@runtime_checkable
+class Similarity(Protocol):
+    """How well one dropped expert's segments fit to the neurons of each kept expert."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]]
+
+    def match(
+        self, bank: ExpertBank, dropped: int, kept: Int64[Tensor, " kept"], stats: LayerStats
+    ) -> Match: ...
+
+
+@runtime_checkable
+class Merge(Protocol):
+    """How a kept expert's own segments and the arrivals become one expert.
+
+    ``widens``: when true, every expert of the model gets the width of the largest pool (rounded up, zero-padded);
+    when false the width stays.
+    """
+
+    name: ClassVar[str]
+    widens: ClassVar[bool]
+
+    def merge(self, pool: Pool, width: int, rng: torch.Generator) -> Float[Tensor, "merged parts features"]:
+        """At most ``width`` segments (the kernel pads with zero neurons). Never called when nothing arrives."""
+        ...
+
+
+@runtime_checkable
+class Router(Protocol):
+    """How the kept experts' router rows follow from the moves."""
+
+    name: ClassVar[str]
+
+    def update(
+        self, rows: Float[Tensor, "experts router_hidden"], plan: LayerPlan
+    ) -> Float[Tensor, "kept router_hidden"]:
+        """New rows. A row that the method does not change must keep its bits (float32 in, float32 out)."""
+        ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where calibration tokens come from."""
+
+    name: ClassVar[str]
+
+    def tokens(
+        self, tokenizer: Any, sequences: int, length: int, rng: torch.Generator
+    ) -> Int64[Tensor, "sequences length"]:
+        """Full sequences without padding; raises RecipeError when the source is too short for one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What an evaluator measures: a loaded ``PreTrainedModel`` in eval mode, its tokenizer and its directory."""
+
+    model: Any
+    tokenizer: Any
+    path: Path
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """A measurement of a model."""
+
+    name: ClassVar[str]
+
+    def evaluate(self, subject: Subject) -> Mapping[str, float]:
+        """Metric name -> value. Names are stable, so that two models' results can be put side by side."""
+        ...
+
+
+@runtime_checkable
+class Report(Protocol):
+    """A document about one run."""
+
+    name: ClassVar[str]
+    filename: ClassVar[str]
+
+    def render(self, run: Mapping[str, Any]) -> str:
+        """``run`` holds the parsed artifacts: recipe, lock, plan, evaluation, sizes, timings."""
+        ...
+
+
+@runtime_checkable
+class Block(Protocol):
+    """One MoE block of a model whose parameters are materialised (or on the meta device, for its dims)."""
+
+    layer: int
+    path: str
+    dims: LayerDims
+
+    def bank(self) -> ExpertBank:
+        """The experts and all that follows their count, as canonical tensors."""
+        ...
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every tensor that surgery touches, by its in-memory name in the model."""
+        ...
+
+    def resized(self, compressed: CompressedLayer) -> Mapping[str, Tensor]:
+        """The same tensors after surgery. Raises CheckpointError when the family's width cannot change."""
+        ...
+
+    def replace(self, compressed: CompressedLayer) -> None:
+        """Surgery: put the resized tensors, and the sizes that modules remember, into the live module."""
+        ...
+
+    def on_routing(self, callback: Callable[[Tensor, Tensor, Tensor], None]) -> Any:
+        """Call ``callback(inputs [n, H], chosen [n, top_k], coefficients [n, top_k])`` at every forward.
+
+        The coefficients are those with which the model multiplies the experts' outputs. Returns a handle with
+        ``remove()``.
+        """
+        ...
+
+    def config_changes(self, experts: int, width: int) -> Mapping[tuple[str, ...], int]:
+        """Config field (its path from the root, under its canonical name) -> value for a new count and width."""
+        ...
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """Where a family keeps its experts."""
+
+    name: ClassVar[str]
+
+    def blocks(self, model: Any) -> list[Block]:
+        """All MoE blocks in layer order; empty when the model is not this adapter's.
+
+        Raises:
+            CheckpointError: the model has experts that this adapter knows it cannot handle faithfully.
+        """
+        ...

@@ -1,0 +1,32 @@
+"""How many experts each layer keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dernkit.api import KeepLimits, hookimpl
+from dernkit.kernel.selection import kept_count
+
+
+@final
+@dataclass(frozen=True)
+class Uniform:
+    """The same share (or number) of experts in every layer, as in DERN and most of its relatives."""
+
+    name: ClassVar[str] = "uniform"
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def allocate(
+        self, scores: Sequence[Float[Tensor, " experts"]], keep: int | float, limits: Sequence[KeepLimits]
+    ) -> list[int]:
+        return [kept_count(keep, limit) for limit in limits]
+
+
+@hookimpl
+def dernkit_budgets() -> list[type]:
+    return [Uniform]

@@ -1,0 +1,139 @@
+"""Documents about a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+from dernkit.api import hookimpl
+
+_HEADLINES = ("loss", "perplexity", "bits_per_byte", "acc", "acc_norm", "word_perplexity", "exact_match")
+
+
+@final
+@dataclass(frozen=True)
+class Markdown:
+    """`report.md`: what was done, what it cost, and what it did to the model."""
+
+    name: ClassVar[str] = "markdown"
+    filename: ClassVar[str] = "report.md"
+
+    def render(self, run: Mapping[str, Any]) -> str:
+        """The report; ``run`` as `dernkit.run.gather` makes it."""
+        sections = [
+            [f"# {run['name']}", "", _first_sentence(run)],
+            _sizes(run),
+            _evaluation(run),
+            _layers(run),
+            _stages(run),
+            _components(run),
+        ]
+        return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+def _first_sentence(run: Mapping[str, Any]) -> str:
+    before, after = run["source"], run["result"]
+    share = 1 - after["expert_bytes"] / before["expert_bytes"]
+    width = "" if before["width"] == after["width"] else f", width {before['width']} → {after['width']}"
+    return (
+        f"`{run['model']}` ({before['family']}): {before['experts']} → {after['experts']} experts in "
+        f"{before['moe_layers']} layers{width}; expert bytes fall by {share:.1%}. Every layer keeps the same number of "
+        f"experts, so the result loads in stock transformers."
+    )
+
+
+def _sizes(run: Mapping[str, Any]) -> list[str]:
+    before, after = run["source"], run["result"]
+    rows = [
+        [label, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.1%}"]
+        for label, key in (
+            ("experts per layer", "experts"),
+            ("expert width", "width"),
+            ("parameters", "parameters"),
+            ("bytes", "bytes"),
+            ("bytes in experts", "expert_bytes"),
+        )
+    ]
+    return ["## Size", "", *_table(["", "before", "after", "after / before"], rows)]
+
+
+def _evaluation(run: Mapping[str, Any]) -> list[str]:
+    if not run["evaluation"]:
+        return []
+    lines = ["## Before and after", ""]
+    for key, before in run["evaluation"]["before"].items():
+        after = run["evaluation"]["after"][key]
+        rows = [
+            [metric, f"{value:.4f}", f"{after[metric]:.4f}", f"{after[metric] - value:+.4f}"]
+            for metric, value in before.items()
+            if metric.rpartition("/")[2].partition(",")[0] in _HEADLINES
+        ]
+        counts = sum(int(value) for metric, value in before.items() if metric.endswith("/tokens"))
+        note = f" ({counts:,} tokens)" if counts else ""
+        lines += [f"`{key.partition(':')[2]}`{note}", "", *_table(["metric", "before", "after", "change"], rows), ""]
+    return lines[:-1]
+
+
+def _layers(run: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for layer, item in run["plan"]["layers"].items():
+        received: dict[str, int] = {}
+        for flows in item["moved_from_to"].values():
+            for target, count in flows.items():
+                received[target] = received.get(target, 0) + count
+        arrivals = ", ".join(f"{target}: {received[target]}" for target in sorted(received, key=int))
+        dead = [str(e) for e in item.get("unrouted", [])]
+        rows.append(
+            [
+                layer,
+                ", ".join(map(str, item["kept"])),
+                f"{item['moved_segments']:,}",
+                f"{item['discarded_segments']:,}",
+                arrivals or "none",
+                ", ".join(dead) or "none",
+            ]
+        )
+    header = ["layer", "kept experts", "segments moved", "discarded", "received by (expert: segments)", "saw no token"]
+    return ["## Layers", "", *_table(header, rows)]
+
+
+def _stages(run: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [name, f"{stage['seconds']:.1f}", f"{stage['peak_bytes'] / 2**20:,.0f}"]
+        for name, stage in run["stages"].items()
+    ]
+    note = "Time and peak resident memory of the process when a stage last ran (one whose inputs match is skipped)."
+    return ["## Stages", "", note, "", *_table(["stage", "seconds", "peak MiB"], rows)]
+
+
+def _components(run: Mapping[str, Any]) -> list[str]:
+    lock = run["lock"]
+    rows = [[c["kind"], c["name"], c["distribution"], c["version"]] for c in lock["components"]]
+    versions = ", ".join(f"{name} {version}" for name, version in lock["versions"].items())
+    calibration = run["calibration"]
+    tokens = f" Calibration: {calibration['tokens']:,} tokens." if calibration else ""
+    return [
+        "## How it was made",
+        "",
+        f"Seed {lock['recipe']['seed']}.{tokens} {versions}.",
+        "",
+        *_table(["kind", "component", "distribution", "version"], rows),
+        "",
+        "```yaml",
+        lock["recipe_text"].rstrip(),
+        "```",
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "---|" * len(header)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+@hookimpl
+def dernkit_reports() -> list[type]:
+    """The reports that come with dernkit."""
+    return [Markdown]

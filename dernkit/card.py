@@ -1,0 +1,49 @@
+"""The model card that travels with a compressed checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import yaml
+
+from dernkit.models.folder import SOURCE_CARD
+from dernkit.types import LayerPlan
+
+if TYPE_CHECKING:
+    from dernkit.recipe import Recipe
+
+
+def render(model: str, recipe: Recipe, plans: Sequence[LayerPlan]) -> str:
+    """README.md of the output: what it was made from, how, and which experts it has; no time and no path."""
+    name = model.rstrip("/").rpartition("/")[2]
+    text = yaml.safe_dump(_without_paths(recipe.resolved()), sort_keys=False, width=100, default_flow_style=None)
+    kept = "\n".join(f"| {plan.layer} | {', '.join(map(str, plan.kept.tolist()))} |" for plan in plans)
+    return f"""---
+library_name: transformers
+tags: [mixture-of-experts, dernkit, expert-pruning]
+---
+# {name}, {len(plans[0].kept)} of {plans[0].experts} experts
+
+Made from `{name}` by [dernkit](https://pypi.org/project/dernkit/) {metadata.version("dernkit")} without training:
+every MoE layer keeps {len(plans[0].kept)} of {plans[0].experts} experts. It loads in stock transformers. The source's
+licence applies; its own card, if it has one, is `{SOURCE_CARD}`.
+
+| layer | kept experts (their indices in the source) |
+|---|---|
+{kept}
+
+```yaml
+{text.rstrip()}
+```
+"""
+
+
+def _without_paths(value: object) -> object:
+    """Paths of the machine that made the model say nothing to those who load it: only file names stay."""
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return value.rpartition("/")[2] if isinstance(value, str) and "/" in value else value

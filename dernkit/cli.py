@@ -1,0 +1,199 @@
+"""The command line. Heavy imports happen inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dernkit.errors import DernkitError
+
+if TYPE_CHECKING:
+    from dernkit.registry import Registry
+
+_SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe value, e.g. plan.keep=0.75."
+)
+_MODEL = click.option(
+    "--model", required=True, metavar="DIR|ID", help="Checkpoint directory, or an id on the Hugging Face hub."
+)
+_TRUST = click.option(
+    "--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run. Off by default."
+)
+_RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
+
+
+class _Commands(click.Group):
+    """Turns dernkit's errors into their sentence and exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DernkitError as error:
+            click.echo(str(error), err=True)
+            sys.exit(error.exit_code)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dernkit")
+def main() -> None:
+    """Make a Mixture-of-Experts checkpoint smaller in one shot: drop experts, recombine neurons."""
+
+
+@main.command()
+@_RECIPE
+@_MODEL
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Run directory; the result is OUT/model."
+)
+@_SET
+@_TRUST
+def run(recipe: Path, model: str, out: Path, overrides: tuple[str, ...], trust_remote_code: bool) -> None:
+    """Calibrate, plan, apply, evaluate and report, as RECIPE says.
+
+    A stage whose inputs have not changed is skipped; a killed run goes on where it was.
+    """
+    registry = _registry()
+    from dernkit.models.source import resolve
+    from dernkit.progress import for_terminal
+    from dernkit.recipe import load_recipe
+    from dernkit.run import Run
+
+    bound = load_recipe(recipe, registry, overrides)
+    work = Run(bound, model, resolve(model), out, registry, for_terminal(), trust_remote_code)
+    click.echo(f"report: {work.execute()}")
+    click.echo(f"model:  {out / 'model'}")
+
+
+@main.command()
+@click.argument("model", metavar="DIR|ID")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_TRUST
+def inspect(model: str, as_json: bool, trust_remote_code: bool) -> None:
+    """Say what a checkpoint is and how far it can be cut, without loading its weights."""
+    registry = _registry()
+    from dernkit.gather import describe
+    from dernkit.models.source import open_source, resolve
+
+    adapters = [component.cls() for component in registry.components("adapter")]
+    facts = describe(open_source(resolve(model), adapters, trust_remote_code=trust_remote_code))
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    for label, value in _facts(facts):
+        click.echo(f"{label:<16} {value}")
+
+
+def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    share = facts["expert_bytes"] / facts["bytes"]
+    groups = "none"
+    if facts["groups"] > 1:
+        groups = f"{facts['groups']}, a token uses {facts['top_k_groups']}; keep a multiple of {facts['groups']}"
+    return [
+        ("family", facts["family"]),
+        ("MoE layers", f"{facts['moe_layers']} (decoder layers {facts['layers'][0]} to {facts['layers'][-1]})"),
+        ("experts", f"{facts['experts']} per layer, top-{facts['top_k']}"),
+        ("router", facts["router"]),
+        ("groups", groups),
+        ("width", f"{facts['width']} (hidden {facts['hidden']})"),
+        ("smallest keep", f"{facts['smallest_keep']} of {facts['experts']} experts"),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("bytes", f"{facts['bytes']:,} in {facts['shards']} file(s), {', '.join(facts['dtypes'])}"),
+        ("in experts", f"{facts['expert_bytes']:,} bytes ({share:.1%})"),
+    ]
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plugins(as_json: bool) -> None:
+    """List every component that a recipe can name, and where it comes from."""
+    registry = _registry()
+    rows = [
+        {
+            "kind": component.kind,
+            "name": component.name,
+            "distribution": component.provenance.distribution,
+            "version": component.provenance.version,
+            "source": f"{Path(component.provenance.file).name}:{component.provenance.line}",
+            "summary": component.summary,
+        }
+        for component in registry.components()
+    ]
+    if as_json:
+        click.echo(json.dumps({"components": rows, "problems": [str(p) for p in registry.problems]}, indent=1))
+    else:
+        for row in rows:
+            origin = f"{row['distribution']} {row['version']} {row['source']}"
+            click.echo(f"{row['kind']:<11} {row['name']:<18} {origin:<38} {row['summary']}")
+        for problem in registry.problems:
+            click.echo(str(problem), err=True)
+    if registry.problems:
+        sys.exit(registry.problems[0].exit_code)
+
+
+@main.command()
+@_RECIPE
+@_SET
+def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Check RECIPE and print it with every default written out."""
+    registry = _registry()
+    import yaml
+
+    from dernkit.recipe import load_recipe
+
+    bound = load_recipe(recipe, registry, overrides)
+    click.echo(yaml.safe_dump(bound.resolved(), sort_keys=False, width=100, default_flow_style=None).rstrip())
+    click.echo(f"# valid; collects {', '.join(sorted(bound.requires)) or 'no statistics'}")
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    registry = _registry()
+    from dernkit.schema import recipe_schema
+
+    click.echo(json.dumps(recipe_schema(registry), indent=1))
+
+
+@main.command("eval")
+@_RECIPE
+@_MODEL
+@_SET
+@_TRUST
+def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_code: bool) -> None:
+    """Run RECIPE's evaluators on a model and print their metrics as JSON."""
+    registry = _registry()
+    from dernkit.models.source import resolve
+    from dernkit.progress import for_terminal
+    from dernkit.recipe import load_recipe
+    from dernkit.stages.evaluate import evaluate as measure
+
+    bound = load_recipe(recipe, registry, overrides)
+    results = measure(
+        resolve(model), bound.evaluators, for_terminal(), what="model", trust_remote_code=trust_remote_code
+    )
+    click.echo(json.dumps(results, indent=1))
+
+
+@main.command()
+@click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
+def report(run_directory: Path) -> None:
+    """Print the report of a finished run."""
+    from dernkit.errors import CheckpointError
+
+    files = sorted(run_directory.glob("report.*"))
+    if not files:
+        raise CheckpointError(
+            f"{run_directory}: must be the directory of a finished run. Got no report instead. "
+            f"Finish it with: dernkit run RECIPE --model MODEL --out {run_directory}"
+        )
+    click.echo(files[0].read_text(encoding="utf-8"))
+
+
+def _registry() -> Registry:
+    from dernkit.registry import Registry
+
+    return Registry.load()

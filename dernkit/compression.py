@@ -1,0 +1,81 @@
+"""Compress a model that is in memory: the same stages as a run directory's, and the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dernkit.errors import RecipeError
+from dernkit.models.source import find_blocks
+from dernkit.progress import Progress, Silent
+from dernkit.recipe import Recipe, bind_recipe, load_recipe
+from dernkit.registry import Registry
+from dernkit.stages.apply import apply_live
+from dernkit.stages.calibrate import calibrate_live
+from dernkit.stages.plan import plan_blocks
+from dernkit.types import LayerPlan, LayerStats
+
+
+def compress(
+    model: Any,
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    batches: Iterable[Tensor] = (),
+    *,
+    registry: Registry | None = None,
+    progress: Progress | None = None,
+) -> list[LayerPlan]:
+    """Compress a loaded ``PreTrainedModel`` in place, config included; ``model.save_pretrained`` then works as usual.
+
+    Args:
+        model: a causal language model of a family that an adapter knows, weights in float32, bfloat16 or float16.
+        recipe: a bound recipe, plain data, or the path of a recipe file. Its ``calibrate.source`` and ``evaluate`` are
+            not used: calibration tokens are ``batches``.
+        batches: token ids [b, s], int64, full sequences without padding. May be empty if the recipe reads no
+            statistics.
+        registry: where components come from; the installed ones by default.
+        progress: silent by default.
+
+    Returns:
+        The plan of every MoE layer.
+
+    Raises:
+        DernkitError: with one sentence; the model is then unchanged.
+    """
+    registry = registry or Registry.load()
+    progress = progress or Silent()
+    bound = _bound(recipe, registry)
+    blocks = find_blocks(model, [component.cls() for component in registry.components("adapter")])
+    tokens = list(batches)
+    if bound.requires and not tokens:
+        raise RecipeError(
+            f"batches: must hold calibration tokens, as the recipe reads {', '.join(sorted(bound.requires))}. "
+            f"Got none instead."
+        )
+    stats: dict[int, LayerStats] = {}
+    if bound.requires:
+        sample = bound.calibrate.sample if bound.calibrate else 0
+        stats = calibrate_live(
+            model, blocks, tokens, bound.requires, sample_size=sample, seed=bound.seed, progress=progress
+        )
+    plans = plan_blocks(blocks, bound.plan, stats, _Loaded(), progress)
+    apply_live(model, blocks, plans, bound.apply.merge, bound.apply.router, bound.seed)
+    return plans
+
+
+class _Loaded:
+    def load(self, prefix: str) -> None:
+        """Already there."""
+
+    def unload(self, prefix: str) -> None:
+        """Stays."""
+
+
+def _bound(recipe: Recipe | Mapping[str, Any] | Path | str, registry: Registry) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return bind_recipe(recipe, registry)
+    return load_recipe(Path(recipe), registry)

@@ -1,0 +1,71 @@
+"""All facts about a finished run in one mapping: what reports render."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from dernkit.models.source import SourceModel, open_source
+from dernkit.stages.apply import expert_bytes
+
+if TYPE_CHECKING:
+    from dernkit.recipe import Recipe
+
+
+def gather(
+    out: Path, path: Path, model: str, adapters: Sequence[Any], recipe: Recipe, trust_remote_code: bool
+) -> dict[str, Any]:
+    """Read the artifacts of the run directory ``out`` made from the model in ``path``."""
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    evaluation = out / "eval.json"
+    calibrated = recipe.calibrate is not None and bool(recipe.requires)
+    lock = yaml.safe_load((out / "recipe.lock.yaml").read_text(encoding="utf-8"))
+    return {
+        "name": out.resolve().name,
+        "model": model,
+        "recipe": recipe.resolved(),
+        "lock": lock,
+        "plan": plan,
+        "evaluation": json.loads(evaluation.read_text(encoding="utf-8")) if recipe.evaluators else None,
+        "calibration": {"tokens": _tokens(out / "stats.safetensors")} if calibrated else None,
+        "stages": json.loads((out / "run.json").read_text(encoding="utf-8"))["stages"],
+        "source": describe(open_source(path, adapters, trust_remote_code=trust_remote_code)),
+        "result": describe(open_source(out / "model", adapters, trust_remote_code=trust_remote_code)),
+    }
+
+
+def describe(source: SourceModel) -> dict[str, Any]:
+    """Sizes and routing of a checkpoint, from headers and config alone."""
+    store, blocks = source.open()
+    dims = blocks[0].dims
+    entries = source.checkpoint.tensors.values()
+    return {
+        "family": source.config.model_type,
+        "moe_layers": len(blocks),
+        "layers": [block.layer for block in blocks],
+        "experts": dims.experts,
+        "top_k": dims.top_k,
+        "width": dims.width,
+        "hidden": dims.hidden,
+        "groups": dims.groups,
+        "top_k_groups": dims.top_k_groups,
+        "smallest_keep": max(block.dims.smallest_keep for block in blocks),
+        "parameters": sum(torch.Size(entry.shape).numel() for entry in entries),
+        "bytes": source.checkpoint.tensor_bytes,
+        "expert_bytes": expert_bytes(store, blocks),
+        "dtypes": sorted({entry.dtype for entry in entries}),
+        "shards": len(source.checkpoint.shards),
+    }
+
+
+def _tokens(file: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stored:
+        name = next(key for key in stored.keys() if key.endswith(".tokens"))  # noqa: SIM118 (not a dict)
+        return int(stored.get_tensor(name))

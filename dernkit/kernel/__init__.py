@@ -1,0 +1,14 @@
+"""Pure tensor code: what executes every plan. No I/O, no transformers; imports only types, errors and api.
+
+==============  =========================================================================
+`selection`     which experts stay; what a model allows
+`matching`      best cosine of every segment among others, exact ties, bounded memory
+`clustering`    spherical weighted k-means (DERN, arXiv 2509.10377, step 3)
+`segments`      segments back into gate, up and down tensors
+`planning`      run a scorer and an assigner on one layer, and hold them to their contracts
+`compress`      run a merge and a router on one layer, and hold them to theirs
+`seeding`       generators that depend on nothing but a seed and a place
+==============  =========================================================================
+
+One more shape letter: *flat* is P·D, a segment's parts laid end to end.
+"""

@@ -1,0 +1,167 @@
+"""Arithmetic for one layer: run a merge and a router on a plan, and hold them to their contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from dernkit.api import Merge, Router
+from dernkit.errors import CheckpointError, ContractError, RecipeError
+from dernkit.kernel.seeding import generator
+from dernkit.kernel.segments import ExpertTensors, finite_segments, split
+from dernkit.types import CompressedLayer, ExpertBank, LayerPlan, Pool
+
+
+def target_width(plans: Sequence[LayerPlan], merge: Merge | None, multiple: int = 64) -> int:
+    """Neurons of every expert after surgery: the width as it is, or that of the largest pool of all layers.
+
+    The largest pool is rounded up to ``multiple``; where nothing moves in any layer the width stays, odd or not.
+    """
+    width = max(plan.width for plan in plans)
+    if merge is None or not merge.widens or not any(len(plan.assignment) for plan in plans):
+        return width
+    largest = max(max(plan.pool_sizes()) for plan in plans)
+    return -(-largest // multiple) * multiple
+
+
+def compress_layer(
+    bank: ExpertBank, plan: LayerPlan, merge: Merge | None, router: Router, width: int, rng_seed: int
+) -> CompressedLayer:
+    """Carry out ``plan`` on ``bank``: K experts of ``width`` neurons, in the checkpoint's dtype.
+
+    An expert that receives nothing keeps its bits (padded with zero neurons if it is to be wider). One expert's
+    pool at a time is in float32; the random numbers of an expert depend on seed, layer and source index only.
+    """
+    _check_plan(bank, plan)
+    kept = plan.kept.to(bank.up.device)
+    out = CompressedLayer(
+        layer=plan.layer,
+        gate=None if bank.gate is None else _blank(bank.gate, len(kept), width, dim=1),
+        up=_blank(bank.up, len(kept), width, dim=1),
+        down=_blank(bank.down, len(kept), width, dim=2),
+        gate_bias=None if bank.gate_bias is None else _blank(bank.gate_bias, len(kept), width, dim=1),
+        up_bias=None if bank.up_bias is None else _blank(bank.up_bias, len(kept), width, dim=1),
+        down_bias=None if bank.down_bias is None else bank.down_bias[kept],
+        router=_router_rows(bank, plan, router),
+        per_expert={name: _slice(name, tensor, bank, kept) for name, tensor in bank.per_expert.items()},
+    )
+    for position, expert in enumerate(plan.kept.tolist()):
+        arrivals = (plan.assignment.target == position).nonzero().flatten()
+        if len(arrivals) == 0 and width >= plan.width:
+            tensors = _untouched(bank, expert)
+        else:
+            rng = generator(rng_seed, plan.layer, expert)
+            where = f"layer {plan.layer}, expert {expert}"
+            tensors = split(_merge(_pool(bank, plan, expert, arrivals), merge, width, rng, where), bank)
+        _put(tensors, out, position)
+    return out
+
+
+def _check_plan(bank: ExpertBank, plan: LayerPlan) -> None:
+    dims = bank.dims
+    if (plan.layer, plan.experts, plan.width) != (dims.layer, dims.experts, dims.width):
+        raise CheckpointError(
+            f"layer {dims.layer}: the plan must be made for this model, {dims.experts} experts of {dims.width} "
+            f"neurons. Got a plan for layer {plan.layer}, {plan.experts} experts of {plan.width} instead. "
+            "Plan again with this model."
+        )
+
+
+def _blank(tensor: Tensor, kept: int, width: int, *, dim: int) -> Tensor:
+    shape = [kept, *tensor.shape[1:]]
+    shape[dim] = width
+    return tensor.new_zeros(shape)
+
+
+def _untouched(bank: ExpertBank, expert: int) -> ExpertTensors:
+    """Views in the checkpoint's dtype."""
+    return ExpertTensors(
+        gate=None if bank.gate is None else bank.gate[expert],
+        up=bank.up[expert],
+        down=bank.down[expert],
+        gate_bias=None if bank.gate_bias is None else bank.gate_bias[expert],
+        up_bias=None if bank.up_bias is None else bank.up_bias[expert],
+    )
+
+
+def _put(expert: ExpertTensors, out: CompressedLayer, position: int) -> None:
+    """Write one expert into its place, cast to the dtype there; neurons that it lacks stay zero."""
+    neurons = len(expert.up)
+    rows = [(out.gate, expert.gate), (out.up, expert.up)]
+    rows += [(out.gate_bias, expert.gate_bias), (out.up_bias, expert.up_bias)]
+    for place, value in rows:
+        if place is not None and value is not None:
+            place[position, :neurons] = value
+    out.down[position, :, :neurons] = expert.down
+
+
+def _pool(bank: ExpertBank, plan: LayerPlan, expert: int, arrivals: Int64[Tensor, " moves"]) -> Pool:
+    """Segments weigh the score of the expert they come from; all the same if all those scores are 0 or less."""
+    own = finite_segments(bank, expert)
+    source = plan.assignment.source[arrivals]
+    owner, neuron = (source // plan.width).to(own.device), (source % plan.width).to(own.device)
+    incoming = own.new_empty(len(arrivals), *own.shape[1:])
+    for donor in owner.unique().tolist():
+        incoming[owner == donor] = finite_segments(bank, donor)[neuron[owner == donor]]
+    weights = plan.scores.clamp(min=0).to(own.device, torch.float32)
+    if not bool(weights[expert] + weights[owner].sum()):
+        weights = torch.ones_like(weights)
+    return Pool(
+        own=own,
+        own_weight=float(weights[expert]),
+        incoming=incoming,
+        incoming_weight=weights[owner],
+        partner=plan.assignment.partner[arrivals].to(own.device),
+        affinity=plan.assignment.affinity[arrivals].to(own.device),
+    )
+
+
+def _merge(
+    pool: Pool, merge: Merge | None, width: int, rng: torch.Generator, where: str
+) -> Float32[Tensor, "merged parts features"]:
+    if merge is None:
+        raise RecipeError(
+            f"apply.merge, {where}: must be given for a plan that moves segments. Got no merge instead. "
+            "Name one, or leave `assign` out of the plan to prune only."
+        )
+    merged = merge.merge(pool, width, rng)
+    if merged.ndim != 3 or merged.shape[1:] != pool.own.shape[1:] or len(merged) > width:
+        parts, features = pool.own.shape[1:]
+        raise ContractError(
+            f"merge '{merge.name}', {where}: must return at most {width} segments, shape "
+            f"[up to {width}, {parts}, {features}]. Got {list(merged.shape)} instead. Fix the merge."
+        )
+    if not bool(merged.isfinite().all()):
+        raise ContractError(
+            f"merge '{merge.name}', {where}: must return finite segments. Got NaN or infinity instead. "
+            "Divide by no zero weight or norm in the merge."
+        )
+    return merged.to(torch.float32)
+
+
+def _router_rows(bank: ExpertBank, plan: LayerPlan, router: Router) -> Float[Tensor, "kept router_hidden"]:
+    """New rows in the checkpoint's dtype; a row that has the same float32 values keeps its bits."""
+    rows = router.update(bank.router.to(torch.float32, copy=True), plan)
+    old = bank.router[plan.kept.to(bank.router.device)]
+    if rows.shape != old.shape or not bool(rows.isfinite().all()):
+        content = "other values" if rows.shape != old.shape else "NaN or infinity"
+        raise ContractError(
+            f"router '{router.name}', layer {plan.layer}: update must return finite rows of shape "
+            f"{list(old.shape)}. Got {content} of shape {list(rows.shape)} instead. Fix the router."
+        )
+    unchanged = (rows == old.to(torch.float32)).all(1, keepdim=True)
+    return torch.where(unchanged, old, rows.to(old.dtype))
+
+
+def _slice(name: str, tensor: Tensor, bank: ExpertBank, kept: Int64[Tensor, " kept"]) -> Tensor:
+    """The kept entries along the dimension that has E of them; the last such dimension if there are several."""
+    dims = [dim for dim, size in enumerate(tensor.shape) if size == bank.dims.experts]
+    if not dims:
+        raise CheckpointError(
+            f"layer {bank.dims.layer}, {name}: must have a dimension of {bank.dims.experts} experts. "
+            f"Got shape {list(tensor.shape)} instead. Fix the adapter, or leave this tensor out of `per_expert`."
+        )
+    return tensor.index_select(dims[-1], kept.to(tensor.device))

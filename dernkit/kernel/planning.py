@@ -1,0 +1,93 @@
+"""Decisions for one layer: run a scorer and an assigner, and hold them to their contracts."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from dernkit.api import Assigner, Scorer
+from dernkit.errors import ContractError
+from dernkit.kernel.selection import select
+from dernkit.types import Assignment, ExpertBank, LayerPlan, LayerStats
+
+
+def plan_layer(
+    bank: ExpertBank, stats: LayerStats, scorer: Scorer, kept_count: int, assigner: Assigner | None
+) -> LayerPlan:
+    """Score the experts, keep the best ``kept_count``, assign the other experts' segments (None: discard them)."""
+    scores = score_layer(bank, stats, scorer)
+    return plan_from_scores(bank, stats, scores, kept_count, assigner)
+
+
+def score_layer(bank: ExpertBank, stats: LayerStats, scorer: Scorer) -> Float64[Tensor, " experts"]:
+    """The scorer's float64 scores on the CPU, from no statistics but those that it declares.
+
+    Raises:
+        ContractError: they are not E finite float64 numbers.
+    """
+    scores = scorer.score(bank, stats.only(scorer.requires))
+    where = f"scorer '{scorer.name}', layer {bank.dims.layer}"
+    experts = bank.dims.experts
+    if scores.shape != (experts,) or scores.dtype != torch.float64:
+        raise ContractError(
+            f"{where}: score must return a float64 tensor of shape [{experts}], one score for each expert. "
+            f"Got {_describe(scores)} instead. Fix the scorer."
+        )
+    wrong = (~scores.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise ContractError(
+            f"{where}: score must be finite, also for an expert that saw no token. "
+            f"Got {scores[wrong[0]].item()} for expert {wrong[0]} instead. Divide by no zero in the scorer."
+        )
+    return scores.cpu()
+
+
+def plan_from_scores(
+    bank: ExpertBank,
+    stats: LayerStats,
+    scores: Float64[Tensor, " experts"],
+    kept_count: int,
+    assigner: Assigner | None,
+) -> LayerPlan:
+    """As :func:`plan_layer`, for scores that are known (a budget needs those of all layers first)."""
+    dims = bank.dims
+    kept = select(scores, kept_count, dims.groups)
+    assignment = Assignment.empty()
+    if assigner is not None and kept_count < dims.experts:
+        assignment = assigner.assign(bank, kept, stats.only(assigner.requires))
+        _check_assignment(assignment, bank, kept, f"assigner '{assigner.name}', layer {dims.layer}")
+    return LayerPlan(dims.layer, dims.experts, dims.width, scores, kept, assignment)
+
+
+def _check_assignment(moves: Assignment, bank: ExpertBank, kept: Int64[Tensor, " kept"], where: str) -> None:
+    """One segment may go to several experts, so repeated sources are legal."""
+    experts, width = bank.dims.experts, bank.dims.width
+    indices = {"source": moves.source, "target": moves.target, "partner": moves.partner}
+    for name, value in (indices | {"affinity": moves.affinity}).items():
+        dtype_fits = value.is_floating_point() if name == "affinity" else value.dtype == torch.int64
+        if value.shape != (len(moves),) or not dtype_fits or value.device.type != "cpu":
+            kind = "float" if name == "affinity" else "int64"
+            raise ContractError(
+                f"{where}: {name} must be a {kind} CPU tensor with one entry for each move. "
+                f"Got {_describe(value)} for {len(moves)} moves instead. Fix the assigner."
+            )
+    bounds = {"source": experts * width, "target": len(kept), "partner": width}
+    for name, bound in bounds.items():
+        _check(indices[name], (indices[name] >= 0) & (indices[name] < bound), where, name, f"in [0, {bound})")
+    from_dropped = ~torch.isin(moves.source // width, kept)
+    _check(moves.source, from_dropped, where, "source", "a segment of a dropped expert")
+    _check(moves.affinity, moves.affinity.isfinite(), where, "affinity", "finite")
+
+
+def _check(values: Float[Tensor, " n"] | Int64[Tensor, " n"], legal: Tensor, where: str, name: str, rule: str) -> None:
+    wrong = (~legal).nonzero().flatten().tolist()
+    if wrong:
+        raise ContractError(
+            f"{where}: {name} must be {rule}. Got {values[wrong[0]].item()} in move {wrong[0]} instead. "
+            "Fix the assigner."
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device.type}"

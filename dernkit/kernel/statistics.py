@@ -1,0 +1,125 @@
+"""Calibration statistics of one MoE layer, accumulated batch by batch as float64 sums."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dernkit.errors import ContractError
+from dernkit.types import ExpertBank, LayerDims, LayerStats
+
+_OUTPUT_STATISTICS = frozenset({"output_norm_sum", "output_sq_sum", "reap_sum", "output_sum"})
+
+
+class Accumulator:
+    """Sums over the tokens of one layer; only the statistics in ``requires`` are computed.
+
+    Args:
+        dims: the layer's sizes.
+        requires: names from `dernkit.types.STATISTICS`.
+        sample_size: capacity of the reservoir, used when ``requires`` has ``sample``.
+        seed: seed of the reservoir.
+        first_token: index of the first token that `update` will see, so that a later part of a token stream can be
+            accumulated on its own and added.
+    """
+
+    def __init__(
+        self, dims: LayerDims, requires: frozenset[str], *, sample_size: int, seed: int, first_token: int = 0
+    ) -> None:
+        self._dims = dims
+        self._requires = requires
+        self._sample_size = sample_size if "sample" in requires else 0
+        self._seed = seed
+        self._next = first_token
+        shapes: dict[str, tuple[int, ...]] = {name: (dims.experts,) for name in requires if name != "sample"}
+        if "output_sum" in requires:
+            shapes["output_sum"] = (dims.experts, dims.hidden)
+        self._sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in sorted(shapes.items())}
+        self._tokens = 0
+        self._reservoir: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self,
+        bank: ExpertBank,
+        inputs: Float[Tensor, "n hidden"],
+        chosen: Int64[Tensor, "n top_k"],
+        coefficients: Float[Tensor, "n top_k"],
+    ) -> None:
+        """Add one batch: what the experts saw, whom the router chose, and the coefficients it multiplies with.
+
+        ``bank`` is read for expert outputs only, and not kept: the layer may be dropped after the call.
+        """
+        dims = self._dims
+        if chosen.shape[1] != dims.top_k:
+            raise ContractError(
+                f"layer {dims.layer}: the router must choose {dims.top_k} experts a token. Got {chosen.shape[1]}."
+            )
+        weights = coefficients.to(torch.float64)
+        flat = chosen.reshape(-1)
+        self._add("routed", torch.bincount(flat, minlength=dims.experts).to(torch.float64))
+        self._add("gate_sum", torch.zeros(dims.experts, dtype=torch.float64).index_add_(0, flat, weights.reshape(-1)))
+        if self._requires & _OUTPUT_STATISTICS:
+            for expert in range(dims.experts):
+                self._add_outputs(bank, expert, inputs, chosen, weights)
+        if self._sample_size:
+            self._sample(inputs)
+        self._tokens += len(inputs)
+        self._next += len(inputs)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name] += value
+
+    def _add_outputs(self, bank: ExpertBank, expert: int, inputs: Tensor, chosen: Tensor, weights: Tensor) -> None:
+        rows, columns = torch.where(chosen == expert)
+        if not len(rows):
+            return
+        outputs = bank.output(expert, inputs[rows]).to(torch.float64)
+        norms = outputs.norm(dim=1)
+        for name, value in (
+            ("output_norm_sum", norms.sum()),
+            ("output_sq_sum", norms.square().sum()),
+            ("reap_sum", (weights[rows, columns] * norms).sum()),
+            ("output_sum", outputs.sum(dim=0)),
+        ):
+            if name in self._sums:
+                self._sums[name][expert] += value
+
+    def _sample(self, inputs: Tensor) -> None:
+        keys = sample_keys(self._seed, self._next, len(inputs))
+        rows = inputs
+        if self._reservoir is not None:
+            keys, rows = torch.cat([self._reservoir[0], keys]), torch.cat([self._reservoir[1], rows])
+        order = torch.argsort(keys, stable=True)[: self._sample_size]
+        self._reservoir = keys[order], rows[order].clone()
+
+    def stats(self) -> LayerStats:
+        """What has been accumulated so far."""
+        values = dict(self._sums)
+        if self._sample_size:
+            if self._reservoir is None:
+                raise ContractError(f"layer {self._dims.layer}: a sample must be drawn from at least one token.")
+            values |= {"sample_key": self._reservoir[0], "sample": self._reservoir[1]}
+        return LayerStats(self._tokens, values, self._sample_size)
+
+
+def sample_keys(seed: int, first: int, count: int) -> Int64[Tensor, " n"]:
+    """Keys of the tokens ``first … first + count - 1``; the reservoir keeps the smallest (bottom-k sampling).
+
+    splitmix64 of (seed, token index), computed with int64 wrap-around, so that a token's key depends on nothing else:
+    reservoirs of two parts of a stream can be joined, and all layers sample the same tokens.
+    """
+    x = torch.arange(first + 1, first + count + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15)
+    x = x + _signed((seed * 0xD1342543DE82EF95 + 0x2545F4914F6CDD1D) % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _unsigned_shift(x, shift)) * _signed(factor)
+    return x ^ _unsigned_shift(x, 31)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _unsigned_shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,180 @@
+"""A safetensors checkpoint on disk: where every tensor lies, read from the headers alone, and checked before use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dernkit.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+SAFETENSORS_DTYPES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a shard: dtype in safetensors' spelling, shape, and byte range in the file."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All tensors of a checkpoint directory, by their names on disk, in file order."""
+
+    path: Path
+    shards: tuple[str, ...]
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, Mapping[str, str]]
+    """Shard -> the ``__metadata__`` of its header."""
+    indexed: bool
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors together, headers left out."""
+        return sum(entry.end - entry.start for entry in self.tensors.values())
+
+    @contextmanager
+    def slices(self, names: list[str]) -> Iterator[dict[str, Tensor]]:
+        """Lazy safetensors slices of ``names``; valid inside the ``with`` block."""
+        files = {shard: safe_open(self.path / shard, "pt") for shard in {self.tensors[n].shard for n in names}}
+        try:
+            yield {name: files[self.tensors[name].shard].get_slice(name) for name in names}
+        finally:
+            for file in files.values():
+                file.__exit__(None, None, None)
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor in its dtype on disk."""
+        with safe_open(self.path / self.tensors[name].shard, "pt") as file:
+            return file.get_tensor(name)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read all headers below ``path`` and check that index, shards and sizes agree.
+
+    Raises:
+        CheckpointError: no safetensors; a shard that is missing, truncated or damaged; a tensor that two shards hold or
+            that the index promises and no shard holds.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: must be a directory with config.json and *.safetensors. Got no such directory.")
+    weight_map = _read_index(path)
+    shards = tuple(sorted(set(weight_map.values()))) if weight_map is not None else _unindexed(path)
+    tensors: dict[str, TensorEntry] = {}
+    metadata: dict[str, Mapping[str, str]] = {}
+    for shard in shards:
+        entries, metadata[shard] = read_header(path / shard)
+        for name, entry in entries.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{path}: every tensor must lie in one shard. Got '{name}' in both {tensors[name].shard} and "
+                    f"{shard} instead. Remove one of them."
+                )
+            tensors[name] = entry
+    if weight_map is not None:
+        _check_index(path, weight_map, tensors)
+    return Checkpoint(path, shards, tensors, metadata, weight_map is not None)
+
+
+def _read_index(path: Path) -> dict[str, str] | None:
+    file = path / INDEX
+    if not file.exists():
+        return None
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: must be JSON with a 'weight_map' of tensor to shard. Got {error!r} instead. Download it again."
+        ) from None
+
+
+def _unindexed(path: Path) -> tuple[str, ...]:
+    found = sorted(file.name for file in path.glob("*.safetensors"))
+    if found == [SINGLE]:
+        return (SINGLE,)
+    if found:
+        raise CheckpointError(
+            f"{path}: a checkpoint of several shards must have {INDEX}. Got {len(found)} *.safetensors files "
+            f"without it instead. Download it."
+        )
+    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in path.glob(pattern))
+    instead = f"only {others[0]}" if others else "none"
+    raise CheckpointError(
+        f"{path}: must hold {SINGLE} or shards with {INDEX}. Got {instead} instead. "
+        f"Convert it with transformers' `save_pretrained`."
+    )
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorEntry], Mapping[str, str]]:
+    """Entries (in byte order) and metadata of one safetensors file; the size is checked against the header."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > size - 8:
+                raise CheckpointError(_truncated(file, length + 8, size))
+            header = json.loads(stream.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file}: must exist, the index names it. Got no such file instead. Download the shard."
+        ) from None
+    except ValueError:
+        raise CheckpointError(
+            f"{file}: must be a safetensors file. Got a damaged header instead. Download it again."
+        ) from None
+    metadata = header.pop("__metadata__", {})
+    base = 8 + length
+    entries = {}
+    for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"][0]):
+        start, end = item["data_offsets"]
+        entries[name] = TensorEntry(file.name, item["dtype"], tuple(item["shape"]), base + start, base + end)
+    expected = max((entry.end for entry in entries.values()), default=base)
+    if size != expected:
+        raise CheckpointError(_truncated(file, expected, size))
+    return entries, metadata
+
+
+def _truncated(file: Path, expected: int, size: int) -> str:
+    return f"{file}: must have {expected} bytes by its own header. Got {size} instead. Download it again."
+
+
+def _check_index(path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].shard != shard:
+            raise CheckpointError(
+                f"{path / INDEX}: every tensor it names must lie in the shard it names. Got '{name}', which "
+                f"{shard} does not hold, instead. Download the index and that shard again."
+            )
+    for name, entry in tensors.items():
+        if name not in weight_map:
+            raise CheckpointError(
+                f"{path / INDEX}: must name every tensor of the shards. Got no entry for '{name}' of {entry.shard} "
+                f"instead. Download the index again."
+            )

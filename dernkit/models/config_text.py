@@ -1,0 +1,79 @@
+"""Edits of ``config.json`` as text: only the digits of the named fields change, every other byte stays.
+
+Rewriting a config through transformers would rename fields and drop legacy keys that other runtimes read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from json.decoder import JSONDecodeError, scanstring  # type: ignore[attr-defined]
+
+from dernkit.errors import CheckpointError
+
+Path = tuple[str | int, ...]
+"""Keys and list indices from the root to a value."""
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def value_spans(text: str) -> dict[Path, tuple[int, int]]:
+    """Start and end of every value in a JSON text, by its path."""
+    spans: dict[Path, tuple[int, int]] = {}
+    _walk(text, 0, (), spans)
+    return spans
+
+
+def _skip(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    return match.end() if match else at
+
+
+def _walk(text: str, at: int, path: Path, spans: dict[Path, tuple[int, int]]) -> int:
+    start = at = _skip(text, at)
+    if text[at : at + 1] in ("{", "["):
+        closing, count = ("}" if text[at] == "{" else "]"), 0
+        at = _skip(text, at + 1)
+        while text[at] != closing:
+            key: str | int = count
+            if closing == "}":
+                key, at = scanstring(text, at + 1)
+                at = _skip(text, at) + 1  # past the colon
+            at = _skip(text, _walk(text, at, (*path, key), spans))
+            if text[at] == ",":
+                at = _skip(text, at + 1)
+            count += 1
+        at += 1
+    else:
+        _, at = json.JSONDecoder().raw_decode(text, at)
+    spans[path] = (start, at)
+    return at
+
+
+def edit(text: str, changes: Mapping[tuple[str, ...], int]) -> str:
+    """The same text with the values at ``changes``' paths replaced; an absent path is inserted first in its object.
+
+    Raises:
+        CheckpointError: the text is not JSON, or the object that should hold a path does not exist.
+    """
+    try:
+        json.loads(text)
+    except JSONDecodeError as error:
+        raise CheckpointError(f"config.json: must be JSON. Got {error} instead. Download it again.") from None
+    spans = value_spans(text)
+    edits: list[tuple[int, int, str]] = []
+    for path, value in changes.items():
+        if path in spans:
+            edits.append((*spans[path], str(value)))
+            continue
+        if path[:-1] not in spans:
+            raise CheckpointError(
+                f"config.json: must have an object '{'.'.join(path[:-1])}' for '{path[-1]}'. Got none instead."
+            )
+        brace = spans[path[:-1]][0] + 1
+        gap = text[brace : _skip(text, brace)]
+        edits.append((brace, brace, f'{gap}"{path[-1]}": {value},'))
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new + text[end:]
+    return text

@@ -1,0 +1,66 @@
+"""Everything of an output directory that is not a tensor: config, tokenizer and other files, and the final check."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dernkit.errors import CheckpointError
+from dernkit.models.checkpoint import INDEX
+from dernkit.models.config_text import edit, value_spans
+from dernkit.models.probe import get_field
+from dernkit.models.source import SourceModel, open_source
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx")
+SOURCE_CARD = "SOURCE_README.md"
+
+
+def edited_config(source: SourceModel, changes: Mapping[tuple[str, ...], int]) -> str:
+    """The text of the source's config.json with ``changes`` made under every spelling that is present.
+
+    Spellings are the field's canonical name and the aliases that its config class declares; a field that the text
+    leaves to its default is inserted.
+    """
+    text = (source.path / "config.json").read_text(encoding="utf-8")
+    present = value_spans(text)
+    edits: dict[tuple[str, ...], int] = {}
+    for field, value in changes.items():
+        spellings = _spellings(source.config, field)
+        found = [spelling for spelling in spellings if spelling in present]
+        edits |= dict.fromkeys(found or spellings[:1], value)
+    return edit(text, edits)
+
+
+def _spellings(config: Any, field: tuple[str, ...]) -> list[tuple[str, ...]]:
+    parent = get_field(config, field[:-1])
+    aliases = [alias for alias, target in type(parent).attribute_map.items() if target == field[-1]]
+    return [(*field[:-1], name) for name in (field[-1], *aliases)]
+
+
+def copy_other_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, generation config, code, licence and the like; the model card becomes `SOURCE_README.md`."""
+    for file in sorted(source.iterdir()):
+        if file.name.startswith(".") or file.name in ("config.json", INDEX) or not file.is_file():
+            continue
+        if file.suffix not in _WEIGHTS and not file.name.endswith(".index.json"):
+            name = SOURCE_CARD if file.name == "README.md" else file.name
+            shutil.copyfile(file, folder / name)
+
+
+def verify(folder: Path, source: SourceModel, experts: int) -> SourceModel:
+    """Open the finished directory as a stranger would; every name, shape and the expert count must fit.
+
+    Raises:
+        CheckpointError: they do not (nothing is published then).
+    """
+    result = open_source(folder, source.adapters)
+    _, blocks = result.open()
+    counts = {block.dims.experts for block in blocks}
+    if counts != {experts}:
+        raise CheckpointError(
+            f"{folder}: the result must have {experts} experts in every MoE layer. Got {sorted(counts)} instead. "
+            f"This is a bug of the adapter '{source.adapters[0].name}'."
+        )
+    return result

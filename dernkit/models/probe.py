@@ -1,0 +1,142 @@
+"""What follows a config field, found by building the model twice on the meta device and comparing.
+
+No table of families: a field is the expert count if doubling it doubles the experts; a tensor follows the expert count
+if its shape changes with that field.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from dernkit.errors import CheckpointError
+
+Field = tuple[str, ...]
+"""Path of a config field from the root config: ``("text_config", "num_experts")``."""
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules built inside get parameters of ``dtype``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_on_meta(model_class: type[nn.Module], config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model with parameters on the meta device; buffers (rotary frequencies) are real."""
+    with init_empty_weights(include_buffers=False), default_dtype(dtype), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model_class(copy.deepcopy(config)).eval()
+
+
+@dataclass(frozen=True, slots=True)
+class Follower:
+    """A tensor whose dimension ``dim`` follows a config field, by its in-memory name."""
+
+    name: str
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What changes in a model when one config field is doubled."""
+
+    field: Field
+    tensors: dict[str, tuple[int, ...]]
+    """In-memory name -> dimensions that changed."""
+    attributes: dict[str, set[str]]
+    """Module path -> integer attributes that changed from the field's value to twice it."""
+
+
+def get_field(config: Any, field: Field) -> Any:
+    """The value at a config path."""
+    for name in field:
+        config = getattr(config, name)
+    return config
+
+
+def set_field(config: Any, field: Field, value: int) -> None:
+    """Set the value at a config path, in place."""
+    setattr(get_field(config, field[:-1]), field[-1], value)
+
+
+def candidate_fields(config: Any, value: int) -> list[Field]:
+    """All integer config fields that have ``value``, nested configs included, in the config's order."""
+    return [path for path, found in _walk(config.to_dict(), ()) if found == value and type(found) is int]
+
+
+def _walk(node: dict[str, Any], path: Field) -> Iterator[tuple[Field, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _walk(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def probe_field(
+    model: Any, value: int, changed: Callable[[nn.Module, nn.Module], bool], what: str
+) -> Probe:
+    """Find the config field with ``value`` whose doubling makes ``changed(model, doubled)`` true, and what follows it.
+
+    Raises:
+        CheckpointError: no field, or more than one, does.
+    """
+    found: list[tuple[Field, nn.Module]] = []
+    for field in candidate_fields(model.config, value):
+        config = copy.deepcopy(model.config)
+        try:
+            set_field(config, field, 2 * value)
+            doubled = build_on_meta(type(model), config)
+        except Exception:  # a config may validate the field against others: then it is not a free count
+            continue
+        if changed(model, doubled):
+            found.append((field, doubled))
+    if len(found) != 1:
+        names = ", ".join(".".join(field) for field, _ in found) or "none"
+        raise CheckpointError(
+            f"{model.config.model_type}: exactly one config field must set the {what} ({value}). "
+            f"Got {names} instead. This family needs an adapter plugin."
+        )
+    field, doubled = found[0]
+    return Probe(field, _changed_tensors(model, doubled), _changed_attributes(model, doubled, value))
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _changed_tensors(model: Any, other: nn.Module) -> dict[str, tuple[int, ...]]:
+    before, after = _tensors(model), _tensors(other)
+    if before.keys() != after.keys():
+        extra = sorted(before.keys() ^ after.keys())[0]
+        raise CheckpointError(
+            f"{model.config.model_type}: the same tensors must exist at every expert count and width. Got '{extra}' "
+            f"in one build only instead. This family needs an adapter plugin."
+        )
+    changed = {}
+    for name, tensor in before.items():
+        dims = tuple(d for d, (a, b) in enumerate(zip(tensor.shape, after[name].shape, strict=True)) if a != b)
+        if dims:
+            changed[name] = dims
+    return changed
+
+
+def _changed_attributes(model: nn.Module, other: nn.Module, value: int) -> dict[str, set[str]]:
+    changed: dict[str, set[str]] = {}
+    for (path, module), twin in zip(model.named_modules(), other.modules(), strict=True):
+        names = {k for k, v in vars(module).items() if type(v) is int and v == value and vars(twin).get(k) == 2 * value}
+        if names:
+            changed[path] = names
+    return changed

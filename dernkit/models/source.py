@@ -1,0 +1,181 @@
+"""The model that is compressed: its directory or hub id, its config, its checkpoint, and its blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dernkit.api import Adapter, Block
+from dernkit.errors import CheckpointError
+from dernkit.models.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
+from dernkit.models.probe import build_on_meta
+from dernkit.models.store import Store, quiet_transformers
+
+_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceModel:
+    """A checkpoint that dernkit has understood well enough to compress."""
+
+    path: Path
+    config: Any
+    checkpoint: Checkpoint
+    model_class: type[nn.Module]
+    adapters: Sequence[Adapter]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What transformers would compute in: the config's dtype, or else the commonest of the checkpoint."""
+        if self.config.dtype is not None:
+            return self.config.dtype
+        counts = Counter(entry.dtype for entry in self.checkpoint.tensors.values() if "F" in entry.dtype)
+        return TORCH_DTYPES[counts.most_common(1)[0][0]]
+
+    def open(self, *, keep_dtypes: bool = False) -> tuple[Store, list[Block]]:
+        """A fresh store over the checkpoint and the blocks of its model."""
+        with quiet_transformers():
+            model: Any = build_on_meta(self.model_class, self.config, self.dtype)
+        model.set_experts_implementation("eager")
+        return Store(model, self.checkpoint, keep_dtypes=keep_dtypes), find_blocks(model, self.adapters)
+
+    def fingerprint(self) -> str:
+        """Digest of config, tensor layout and evenly spaced samples of the weights (all bytes would take minutes)."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for shard in self.checkpoint.shards:
+            size = (self.path / shard).stat().st_size
+            digest.update(f"{shard} {size}".encode())
+            with (self.path / shard).open("rb") as stream:
+                for at in range(0, size, max(size // 256, 4096)):
+                    digest.update(os.pread(stream.fileno(), 4096, at))
+        return digest.hexdigest()
+
+
+def resolve(model: str) -> Path:
+    """A local directory as it is; anything else is a hub id that huggingface_hub downloads (or finds in its cache)."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"--model: must be a directory or a hub id. Got '{model}', which is neither, instead.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise CheckpointError(
+            f"--model: must be a directory or a hub id that can be reached. Got '{model}' instead ({reason})."
+        ) from None
+
+
+def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: bool = False) -> SourceModel:
+    """Read config and headers, build on the meta device, and check that all of it is understood.
+
+    Raises:
+        CheckpointError: not a MoE, quantised, damaged, or of a layout that no adapter explains.
+    """
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: must hold config.json. Got none instead. Give the directory of a checkpoint.")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds here; each means that the config is not understood
+        reason = str(error).strip().splitlines()[0][:200]
+        raise CheckpointError(
+            f"{path / 'config.json'}: must describe a model that transformers {transformers.__version__} knows. "
+            f"Got: {reason}"
+        ) from None
+    _refuse_quantised(path, config)
+    model_class = _model_class(config, trust_remote_code)
+    source = SourceModel(path, config, open_checkpoint(path), model_class, tuple(adapters))
+    with quiet_transformers():
+        find_blocks(build_on_meta(model_class, config), source.adapters)
+    return source
+
+
+def _refuse_quantised(path: Path, config: Any) -> None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else str(quantised)
+        raise CheckpointError(
+            f"{path}: weights must be plain float32, bfloat16 or float16. Got '{method}' quantisation instead. "
+            f"Dequantise to bf16 first."
+        )
+
+
+def _model_class(config: Any, trust_remote_code: bool) -> type[nn.Module]:
+    names = config.architectures or []
+    if names and hasattr(transformers, names[0]):
+        return getattr(transformers, names[0])
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    if trust_remote_code and names and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], config._name_or_path)
+    raise CheckpointError(
+        f"config.json: 'architectures' must name a model class of transformers. Got {names or 'none'} instead. "
+        f"A model with its own code needs --trust-remote-code."
+    )
+
+
+def find_blocks(model: Any, adapters: Sequence[Adapter]) -> list[Block]:
+    """The MoE blocks that exactly one adapter claims.
+
+    Raises:
+        CheckpointError: no adapter does (not a MoE, or an undeclared one), or several do.
+    """
+    claims = {adapter.name: blocks for adapter in adapters if (blocks := adapter.blocks(model))}
+    if len(claims) == 1:
+        return next(iter(claims.values()))
+    if claims:
+        raise CheckpointError(
+            f"{model.config.model_type}: one adapter must claim the model. Got {', '.join(sorted(claims))} instead. "
+            f"Uninstall one of the plugins."
+        )
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    if any((getattr(text, name, 0) or 0) > 1 for name in _COUNT_NAMES):
+        raise CheckpointError(
+            f"{model.config.model_type}: experts must be declared by transformers' experts interface. "
+            f"Got a class that does not declare them instead. This family needs an adapter plugin."
+        )
+    raise CheckpointError(
+        f"{model.config.model_type}: must be a Mixture-of-Experts model. Got a model without routed experts instead."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The decoder stack that holds the MoE blocks."""
+
+    owner: Any
+    """The module that owns the stack: embeddings, masks and rotary tables are its own."""
+    owner_path: str
+    layers: list[nn.Module]
+    paths: list[str]
+
+
+def decoder_stack(model: Any, blocks: Sequence[Block]) -> Stack:
+    """The module list in which all blocks lie."""
+    prefixes = {block.path[: block.path.index(f".{block.layer}.")] for block in blocks}
+    if len(prefixes) != 1:
+        raise CheckpointError(
+            f"{model.config.model_type}: all MoE blocks must lie in one decoder stack. "
+            f"Got {', '.join(sorted(prefixes))} instead. This family needs an adapter plugin."
+        )
+    path = prefixes.pop()
+    layers = list(model.get_submodule(path).children())
+    owner_path = path.rpartition(".")[0]
+    return Stack(model.get_submodule(owner_path), owner_path, layers, [f"{path}.{i}" for i in range(len(layers))])

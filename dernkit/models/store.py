@@ -1,0 +1,209 @@
+"""A model on the meta device over a checkpoint on disk: load the parameters below one prefix, use them, drop them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from dernkit.errors import CheckpointError
+from dernkit.models.checkpoint import TORCH_DTYPES, Checkpoint
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars or warnings of transformers' own loader inside (a bar per layer would drown ours)."""
+    bars, level = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+class Store:
+    """The loader. Parameters of ``model`` are on the meta device except those that `load` made real.
+
+    Args:
+        model: built on the meta device with real buffers, parameters in the dtype to compute in.
+        checkpoint: where its tensors lie.
+        keep_dtypes: load every tensor in its dtype on disk (for surgery) instead of the model's (for forward passes).
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, *, keep_dtypes: bool = False) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.target = _targets(model, checkpoint)
+        self._refuse_disagreement()
+        if keep_dtypes:
+            self._adopt_dtypes()
+        self._conversions = model._weight_conversions
+
+    def keys(self, names: Iterable[str]) -> list[str]:
+        """Names on disk that feed the in-memory tensors ``names`` (all experts of a fused tensor)."""
+        wanted = set(names)
+        return [key for key, target in self.target.items() if target in wanted]
+
+    def keys_below(self, prefix: str) -> list[str]:
+        """Names on disk that feed tensors below the module ``prefix``."""
+        return [key for key, target in self.target.items() if not prefix or target.startswith(prefix + ".")]
+
+    def load(self, prefix: str) -> nn.Module:
+        """Make all parameters below the module ``prefix`` real.
+
+        Raises:
+            CheckpointError: a tensor does not fit, is missing, or holds NaN or infinity.
+        """
+        self._load(self.keys_below(prefix), prefix)
+        module = self.model.get_submodule(prefix)
+        left = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+        if left:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: must hold '{prefix}.{left[0]}'. Got no such tensor. Download it again."
+            )
+        return module
+
+    def load_around(self, owner: str, layers: Sequence[str]) -> None:
+        """Make real what lies below ``owner`` but in none of its ``layers`` (embeddings, norms; never the head)."""
+        inside = tuple(layer + "." for layer in layers)
+        keys = [key for key in self.keys_below(owner) if not self.target[key].startswith(inside)]
+        self._load(keys, "the parts outside the decoder layers")
+
+    def unload(self, prefix: str) -> None:
+        """Put the parameters below the module ``prefix`` back on the meta device."""
+        for module in self.model.get_submodule(prefix).modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(
+                        torch.empty_like(parameter, device="meta"), requires_grad=False
+                    )
+
+    def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """In-memory tensors (on the meta device too) under the names and in the layout that the source has."""
+        self.model._weight_conversions = self._conversions
+        with quiet_transformers():
+            disk = revert_weight_conversion(self.model, dict(tensors))
+        return self._with_source_prefix(disk)
+
+    def _with_source_prefix(self, disk: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint of the base model lacks the base prefix (or has one too many): follow the source's spelling."""
+        known = self.checkpoint.tensors
+        prefix = self.model.base_model_prefix + "."
+        names = {}
+        for name, tensor in disk.items():
+            spellings = (name, prefix + name, name.removeprefix(prefix))
+            names[next((spelling for spelling in spellings if spelling in known), name)] = tensor
+        return names
+
+    def _load(self, keys: list[str], what: str) -> None:
+        model = self.model
+        dtype = model.dtype
+        with self.checkpoint.slices(keys) as slices, quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(model, slices, _load_config(model, dtype, "cpu"))
+        problems = [*info.mismatched_keys, *info.unexpected_keys, *info.conversion_errors.values()]
+        if problems:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {what} must fit config.json. Got {str(problems[0])[:300]} instead."
+            )
+        self._refuse_non_finite({self.target[key] for key in keys})
+
+    def _refuse_non_finite(self, names: set[str]) -> None:
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name in sorted(names & tensors.keys()):
+            tensor = tensors[name]
+            if tensor.is_floating_point() and not tensor.is_meta and not _finite(tensor):
+                bad = next((key for key in self.keys([name]) if not _finite(self.checkpoint.read(key))), name)
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: weights must be finite. Got NaN or infinity in '{bad}' instead. "
+                    f"Download {self.checkpoint.tensors[bad].shard} again."
+                )
+
+    def _refuse_disagreement(self) -> None:
+        """Config and checkpoint must agree on every name and shape; checked on the meta device, no byte is read."""
+        checkpoint, model = self.checkpoint, self.model
+        empty = {}
+        for name, entry in checkpoint.tensors.items():
+            if entry.dtype not in TORCH_DTYPES:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensors must be {', '.join(TORCH_DTYPES)}. Got {entry.dtype} in '{name}' "
+                    f"instead. Quantised checkpoints are not read yet: dequantise to bf16 first."
+                )
+            empty[name] = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device="meta")
+        buffers = {name: buffer for name, buffer in model.named_buffers()}
+        with quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(model, empty, _load_config(model, model.dtype, "meta"))
+        for name, buffer in buffers.items():
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._buffers[leaf] = buffer
+        self._report(info)
+
+    def _report(self, info: Any) -> None:
+        where = f"{self.checkpoint.path}: the checkpoint must fit config.json."
+        for name, found, expected in sorted(info.mismatched_keys):
+            raise CheckpointError(f"{where} Got shape {tuple(found)} for '{name}', not {tuple(expected)}.")
+        for name, message in info.conversion_errors.items():
+            raise CheckpointError(f"{where} Got tensors that do not fit together for '{name}': {message[:200]}")
+        tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        missing = sorted(info.missing_keys - tied)
+        if missing:
+            raise CheckpointError(f"{where} Got no tensor for '{missing[0]}' instead. Download the checkpoint again.")
+
+    def _adopt_dtypes(self) -> None:
+        for key, target in self.target.items():
+            dtype = TORCH_DTYPES[self.checkpoint.tensors[key].dtype]
+            parent, _, leaf = target.rpartition(".")
+            module = self.model.get_submodule(parent)
+            if leaf in module._buffers:
+                module._buffers[leaf] = module.get_buffer(leaf).to(dtype)
+            else:
+                module._parameters[leaf] = nn.Parameter(module.get_parameter(leaf).to(dtype), requires_grad=False)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _load_config(model: Any, dtype: torch.dtype, device: str) -> LoadStateDictConfig:
+    return LoadStateDictConfig(
+        weight_mapping=get_model_conversion_mapping(model),
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+    )
+
+
+def _targets(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Name on disk -> in-memory tensor that it feeds; refuses experts that transformers would ignore."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
+    converters = [item for item in mapping if isinstance(item, WeightConverter)]
+    meta = model.state_dict()
+    targets = {}
+    for key in checkpoint.tensors:
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+        if name not in meta:
+            name, _ = rename_source_key(key, [], [], model.base_model_prefix, meta)
+        if name in meta:
+            targets[key] = name
+        elif "expert" in key or "router" in key or ".gate." in key:
+            raise CheckpointError(
+                f"{checkpoint.path}: every expert and router tensor must belong to a layer that transformers loads. "
+                f"Got '{key}', which it ignores (a multi-token-prediction layer?), instead. Remove that layer."
+            )
+    return targets

@@ -1,0 +1,178 @@
+"""Safetensors out: the source's shards with some tensors replaced or left out, every other byte copied as it is.
+
+Names, shard layout, tensor order and metadata are the source's. All shapes are known before the first byte is written,
+so each output file is allocated whole (a full disk is noticed at once) and tensors are put in place in any order.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dernkit.errors import CheckpointError
+from dernkit.models.checkpoint import INDEX, SAFETENSORS_DTYPES, Checkpoint, TensorEntry, read_header
+
+_CHUNK = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor to write: where it lies in the output, and whether its bytes are the source's."""
+
+    entry: TensorEntry
+    copied: bool
+
+
+class ShardWriter:
+    """Writes a checkpoint below ``folder``; call `put` for every replaced tensor, then `finish`.
+
+    Args:
+        source: the checkpoint whose layout is followed.
+        folder: an existing directory; files of a killed run that have the right layout are gone on with.
+        replaced: name -> meta tensor with the new shape and dtype.
+        removed: names to leave out.
+    """
+
+    def __init__(
+        self, source: Checkpoint, folder: Path, replaced: Mapping[str, Tensor], removed: frozenset[str]
+    ) -> None:
+        self.source = source
+        self.folder = folder
+        self.outputs: dict[str, Output] = {}
+        self._headers: dict[str, bytes] = {}
+        for shard in source.shards:
+            self._lay_out(shard, replaced, removed)
+        self.resumed = all(self._is_laid_out(shard) for shard in self._headers)
+        if not self.resumed:
+            for shard in self._headers:
+                self._allocate(shard)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors of the output together."""
+        return sum(output.entry.end - output.entry.start for output in self.outputs.values())
+
+    def _lay_out(self, shard: str, replaced: Mapping[str, Tensor], removed: frozenset[str]) -> None:
+        header: dict[str, object] = {}
+        if self.source.metadata[shard]:
+            header["__metadata__"] = dict(self.source.metadata[shard])
+        at, entries = 0, {}
+        for name, entry in self.source.tensors.items():
+            if entry.shard != shard or name in removed:
+                continue
+            dtype, shape, size = entry.dtype, entry.shape, entry.end - entry.start
+            if name in replaced:
+                new = replaced[name]
+                dtype, shape = SAFETENSORS_DTYPES[new.dtype], tuple(new.shape)
+                size = new.numel() * new.element_size()
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+            entries[name] = TensorEntry(shard, dtype, shape, at, at + size)
+            at += size
+        if not entries:
+            return
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._headers[shard] = len(text).to_bytes(8, "little") + text
+        base = len(self._headers[shard])
+        for name, entry in entries.items():
+            moved = TensorEntry(shard, entry.dtype, entry.shape, base + entry.start, base + entry.end)
+            self.outputs[name] = Output(moved, name not in replaced)
+
+    def _size(self, shard: str) -> int:
+        ends = [output.entry.end for output in self.outputs.values() if output.entry.shard == shard]
+        return max(ends, default=len(self._headers[shard]))
+
+    def _is_laid_out(self, shard: str) -> bool:
+        file = self.folder / shard
+        if not file.exists() or file.stat().st_size != self._size(shard):
+            return False
+        with file.open("rb") as stream:
+            return stream.read(len(self._headers[shard])) == self._headers[shard]
+
+    def _allocate(self, shard: str) -> None:
+        with (self.folder / shard).open("wb") as stream:
+            try:
+                os.posix_fallocate(stream.fileno(), 0, self._size(shard))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                needed = sum(self._size(name) for name in self._headers)
+                raise CheckpointError(
+                    f"{self.folder}: the disk must have room for {needed / 1e9:.2f} GB. Got a full disk instead. "
+                    f"Free some space or choose another --out."
+                ) from None
+            stream.write(self._headers[shard])
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write replaced tensors in place and flush them to the disk."""
+        for shard, names in self._by_shard(iter(tensors)).items():
+            with (self.folder / shard).open("r+b") as stream:
+                for name in names:
+                    self._put_one(stream.fileno(), name, tensors[name])
+                os.fsync(stream.fileno())
+
+    def _put_one(self, descriptor: int, name: str, tensor: Tensor) -> None:
+        entry = self.outputs[name].entry
+        if tuple(tensor.shape) != entry.shape or SAFETENSORS_DTYPES[tensor.dtype] != entry.dtype:
+            raise CheckpointError(
+                f"{self.folder}: '{name}' must be {entry.dtype} {list(entry.shape)}. "
+                f"Got {SAFETENSORS_DTYPES[tensor.dtype]} {list(tensor.shape)} instead. This is a bug of the adapter."
+            )
+        raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        _pwrite(descriptor, raw, entry.start)
+
+    def _by_shard(self, names: Iterator[str]) -> dict[str, list[str]]:
+        shards: dict[str, list[str]] = {}
+        for name in names:
+            shards.setdefault(self.outputs[name].entry.shard, []).append(name)
+        return shards
+
+    def copy_untouched(self) -> None:
+        """Copy every tensor that was not replaced, byte for byte."""
+        copied = (name for name, output in self.outputs.items() if output.copied)
+        for shard, names in self._by_shard(copied).items():
+            with (self.source.path / shard).open("rb") as old, (self.folder / shard).open("r+b") as new:
+                for name in names:
+                    self._copy_one(old.fileno(), new.fileno(), name)
+                os.fsync(new.fileno())
+
+    def _copy_one(self, old: int, new: int, name: str) -> None:
+        source, target = self.source.tensors[name], self.outputs[name].entry
+        for at in range(0, source.end - source.start, _CHUNK):
+            size = min(_CHUNK, source.end - source.start - at)
+            _pwrite(new, memoryview(os.pread(old, size, source.start + at)), target.start + at)
+
+    def finish(self) -> None:
+        """Write the index (if the source has one) and check that every file is whole."""
+        if self.source.indexed:
+            (self.folder / INDEX).write_text(self._index(), encoding="utf-8")
+        for shard in self._headers:
+            read_header(self.folder / shard)
+
+    def _index(self) -> str:
+        text = (self.source.path / INDEX).read_text(encoding="utf-8")
+        index = json.loads(text)
+        weight_map = {name: shard for name, shard in index["weight_map"].items() if name in self.outputs}
+        total = self.tensor_bytes
+        if weight_map == index["weight_map"] and total == self.source.tensor_bytes:
+            return text
+        metadata = dict(index.get("metadata") or {})
+        metadata["total_size"] = total
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] = sum(
+                torch.Size(output.entry.shape).numel() for output in self.outputs.values()
+            )
+        return json.dumps(index | {"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _pwrite(descriptor: int, raw: memoryview, at: int) -> None:
+    while raw:
+        written = os.pwrite(descriptor, raw[:_CHUNK], at)
+        raw, at = raw[written:], at + written

@@ -1,0 +1,209 @@
+"""The recipe language, version 1: a YAML file -> a :class:`Recipe` of bound components.
+
+The language is the example in the documentation, ``dernkit.schema`` describes it as JSON Schema, and every problem of a
+recipe is reported at once with its line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dernkit.binding import Binder
+from dernkit.document import Document, Keys, override, read_document
+from dernkit.sentences import expected
+from dernkit.shapes import Choice, Number, plain
+
+if TYPE_CHECKING:
+    from dernkit.api import Assigner, Budget, Evaluator, Merge, Report, Router, Scorer, Source
+    from dernkit.registry import Registry
+
+VERSION = 1
+DEFAULT_BUDGET, DEFAULT_ROUTER, DEFAULT_REPORT = "uniform", "slice", "markdown"
+SEED = Number(integer=True, low=0, high=2**63 - 1)
+SEQUENCES = Number(integer=True, low=1, high=1_000_000)
+LENGTH = Number(integer=True, low=2, high=1_048_576)
+BATCH_SIZE = Number(integer=True, low=1, high=4096)
+DEFAULT_SEED, DEFAULT_BATCH_SIZE = 0, 8
+
+TOP = ("dernkit", "seed", "calibrate", "plan", "apply", "evaluate", "report")
+CALIBRATE = ("source", "sequences", "length", "batch_size")
+PLAN = ("keep", "score", "budget", "assign")
+APPLY = ("merge", "router")
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """How many experts stay: a float in (0, 1] is a fraction, an integer a count."""
+
+    def parse(self, value: Any, base: Path) -> int | float:
+        fraction = isinstance(value, float) and 0 < value <= 1
+        count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not (fraction or count):
+            raise ValueError(expected("a fraction above 0 up to 1.0 or a count of at least 1", value))
+        return value
+
+    def schema(self) -> dict[str, Any]:
+        fraction = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+        return {"anyOf": [fraction, {"type": "integer", "minimum": 1}]}
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateSpec:
+    """Which tokens the statistics are collected on."""
+
+    source: Source
+    sequences: int
+    length: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSpec:
+    """How decisions are made. ``assigner`` is None when dropped experts are only pruned."""
+
+    keep: int | float
+    scorer: Scorer
+    budget: Budget
+    assigner: Assigner | None
+
+
+@dataclass(frozen=True, slots=True)
+class ApplySpec:
+    """How decisions are carried out. ``merge`` is there if and only if the plan has an assigner."""
+
+    merge: Merge | None
+    router: Router
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe whose components are bound and checked."""
+
+    version: int
+    seed: int
+    calibrate: CalibrateSpec | None
+    plan: PlanSpec
+    apply: ApplySpec
+    evaluators: tuple[Evaluator, ...]
+    report: Report
+    requires: frozenset[str]
+    """Statistics that calibration must collect."""
+    path: Path | None = field(default=None, compare=False)
+    """The file that it was read from."""
+
+    def resolved(self) -> dict[str, Any]:
+        """The same recipe as plain data with every default written out; binding it gives an equal recipe."""
+        plan = {"keep": self.plan.keep, "score": plain(self.plan.scorer), "budget": plain(self.plan.budget)}
+        if self.plan.assigner is not None:
+            plan["assign"] = plain(self.plan.assigner)
+        apply = {} if self.apply.merge is None else {"merge": plain(self.apply.merge)}
+        data: dict[str, Any] = {"dernkit": self.version, "seed": self.seed}
+        if self.calibrate is not None:
+            sizes = {name: getattr(self.calibrate, name) for name in CALIBRATE[1:]}
+            data["calibrate"] = {"source": plain(self.calibrate.source), **sizes}
+        return data | {
+            "plan": plan,
+            "apply": {**apply, "router": plain(self.apply.router)},
+            "evaluate": [plain(evaluator) for evaluator in self.evaluators],
+            "report": plain(self.report),
+        }
+
+
+def load_recipe(path: Path | str, registry: Registry, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, changed by ``dotted.path=value`` overrides.
+
+    Relative paths start at the recipe's folder; those in overrides start at the working directory.
+
+    Raises:
+        RecipeError: all problems at once, each with its line or its override.
+    """
+    document = read_document(Path(path))
+    override(document, overrides)
+    return dataclasses.replace(_bind(document, registry), path=Path(path))
+
+
+def bind_recipe(mapping: Mapping[str, Any], registry: Registry, base: Path = Path()) -> Recipe:
+    """The recipe in plain data; relative paths start at ``base``.
+
+    Raises:
+        RecipeError: all problems at once, each with its dotted path.
+    """
+    return _bind(Document("the recipe", base, data=mapping), registry)
+
+
+def _bind(document: Document, registry: Registry) -> Recipe:
+    binder = Binder(document, registry)
+    binder.section((), TOP)
+    version = binder.entry(("dernkit",), Choice((VERSION,)))
+    seed = binder.entry(("seed",), SEED, DEFAULT_SEED)
+    calibrate, plan, apply = _calibrate(binder), _plan(binder), _apply(binder)
+    evaluators = tuple(binder.component(("evaluate", i), "evaluator") for i in binder.entries(("evaluate",)))
+    report = binder.component(("report",), "report", DEFAULT_REPORT)
+    requires = _check_statistics(binder)
+    document.raise_problems()
+    return Recipe(version, seed, calibrate, plan, apply, evaluators, report, requires)
+
+
+def _calibrate(binder: Binder) -> CalibrateSpec | None:
+    here: Keys = ("calibrate",)
+    if not binder.section(here, CALIBRATE):
+        return None
+    return CalibrateSpec(
+        source=binder.component((*here, "source"), "source"),
+        sequences=binder.entry((*here, "sequences"), SEQUENCES),
+        length=binder.entry((*here, "length"), LENGTH),
+        batch_size=binder.entry((*here, "batch_size"), BATCH_SIZE, DEFAULT_BATCH_SIZE),
+    )
+
+
+def _plan(binder: Binder) -> PlanSpec:
+    here: Keys = ("plan",)
+    if not binder.section(here, PLAN):
+        if binder.value(here) is None:
+            binder.missing(here)
+        return PlanSpec(1, None, None, None)  # type: ignore[arg-type]
+    assigned = binder.value((*here, "assign")) is not None
+    return PlanSpec(
+        keep=binder.entry((*here, "keep"), Keep()),
+        scorer=binder.component((*here, "score"), "scorer"),
+        budget=binder.component((*here, "budget"), "budget", DEFAULT_BUDGET),
+        assigner=binder.component((*here, "assign"), "assigner") if assigned else None,
+    )
+
+
+def _apply(binder: Binder) -> ApplySpec:
+    here: Keys = ("apply",)
+    binder.section(here, APPLY)
+    merged = binder.value((*here, "merge")) is not None
+    assigned = binder.value(("plan", "assign")) is not None
+    if assigned and not merged:
+        binder.problem(
+            ("plan", "assign"),
+            "assign moves segments: apply.merge must say how they are merged. Got nothing instead. "
+            "Add apply.merge, or leave out plan.assign to prune only.",
+        )
+    if merged and not assigned:
+        binder.problem(
+            (*here, "merge"),
+            "merge needs segments that move: plan.assign must say which. Got nothing instead. "
+            "Add plan.assign, or leave out apply.merge to prune only.",
+        )
+    return ApplySpec(
+        merge=binder.component((*here, "merge"), "merge") if merged else None,
+        router=binder.component((*here, "router"), "router", DEFAULT_ROUTER),
+    )
+
+
+def _check_statistics(binder: Binder) -> frozenset[str]:
+    """The union of what all bound components read; without calibration it must be empty."""
+    if binder.value(("calibrate",)) is None:
+        for name, needed in binder.requires:
+            if needed:
+                found = f"'{name}' reads {', '.join(sorted(needed))}"
+                binder.problem(("calibrate",), f"must be given, because {found}. Got nothing instead.")
+                break
+    return frozenset().union(*(needed for _, needed in binder.requires))

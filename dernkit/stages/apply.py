@@ -1,0 +1,192 @@
+"""Apply: a plan and a checkpoint in, a smaller checkpoint out. Arithmetic only; all decisions are in the plan."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dernkit.api import Block, Merge, Router
+from dernkit.errors import CheckpointError
+from dernkit.kernel.compress import compress_layer, target_width
+from dernkit.models.folder import copy_other_files, edited_config, verify
+from dernkit.models.probe import set_field
+from dernkit.models.source import SourceModel
+from dernkit.models.store import Store
+from dernkit.models.writer import ShardWriter
+from dernkit.progress import Progress
+from dernkit.types import CompressedLayer, ExpertBank, LayerPlan
+
+JOURNAL = ".journal.json"
+
+
+def apply_live(
+    model: Any, blocks: Sequence[Block], plans: Sequence[LayerPlan], merge: Merge | None, router: Router, seed: int
+) -> None:
+    """Surgery on every block of a model in memory, and on its config."""
+    width = target_width(plans, merge)
+    changes = blocks[0].config_changes(len(plans[0].kept), width)
+    with torch.no_grad():
+        for block, plan in zip(blocks, plans, strict=True):
+            block.replace(compress_layer(block.bank(), plan, merge, router, width, seed))
+    for field, value in changes.items():
+        set_field(model.config, field, value)
+
+
+def apply_checkpoint(
+    source: SourceModel,
+    plans: Sequence[LayerPlan],
+    merge: Merge | None,
+    router: Router,
+    *,
+    seed: int,
+    folder: Path,
+    key: str,
+    progress: Progress,
+) -> None:
+    """Stream the compressed checkpoint into ``folder``, one block's weights in memory at a time.
+
+    Args:
+        source: the model.
+        plans: one per MoE block, in layer order.
+        merge: how arrivals are merged (None when nothing moves).
+        router: how router rows follow.
+        seed: seeds the merges' generators.
+        folder: an existing directory that holds nothing but an earlier, killed call's work under the same ``key``.
+        key: digest of all inputs; layers that a call with the same key has finished are not done again.
+        progress: where to report layers.
+    """
+    store, blocks = source.open(keep_dtypes=True)
+    _check_fit(blocks, plans)
+    width = target_width(plans, merge)
+    replaced, removed = _layout(store, blocks, plans, width)
+    writer = ShardWriter(source.checkpoint, folder, replaced, removed)
+    journal = _Journal(folder / JOURNAL, key, fresh=not writer.resumed)
+    with progress.track("apply", len(blocks), "layers") as tracker:
+        for block, plan in zip(blocks, plans, strict=True):
+            if block.layer not in journal.done:
+                writer.put(_compressed(store, block, plan, merge, router, width, seed))
+                journal.add(block.layer)
+            tracker.advance(1, f"layer {block.layer}")
+    writer.copy_untouched()
+    writer.finish()
+    experts = len(plans[0].kept)
+    (folder / "config.json").write_text(edited_config(source, blocks[0].config_changes(experts, width)), "utf-8")
+    copy_other_files(source.path, folder)
+    verify(folder, source, experts)
+    journal.remove()
+
+
+def _check_fit(blocks: Sequence[Block], plans: Sequence[LayerPlan]) -> None:
+    planned = [(plan.layer, plan.experts, plan.width) for plan in plans]
+    found = [(block.layer, block.dims.experts, block.dims.width) for block in blocks]
+    if planned != found:
+        raise CheckpointError(
+            f"plan: must be for the model's MoE layers (number, experts, width) {found[:3]}…. Got {planned[:3]}…."
+        )
+
+
+def _compressed(
+    store: Store, block: Block, plan: LayerPlan, merge: Merge | None, router: Router, width: int, seed: int
+) -> Mapping[str, Tensor]:
+    store.load(block.path)
+    _check_round_trip(store, block)
+    with torch.no_grad():
+        compressed = compress_layer(block.bank(), plan, merge, router, width, seed)
+    store.unload(block.path)
+    return store.to_disk(block.resized(compressed))
+
+
+def _check_round_trip(store: Store, block: Block) -> None:
+    """What is loaded and written back unchanged must be the source's bytes: else the layout is not understood."""
+    for name, tensor in block.tensors().items():
+        for key, value in store.to_disk({name: tensor}).items():
+            if key not in store.checkpoint.tensors or not torch.equal(value, store.checkpoint.read(key)):
+                raise CheckpointError(
+                    f"{store.checkpoint.path}: reading and writing back must give the same tensors. Got a different "
+                    f"'{key}' instead. This checkpoint's layout needs an adapter plugin."
+                )
+
+
+def _layout(
+    store: Store, blocks: Sequence[Block], plans: Sequence[LayerPlan], width: int
+) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Names on disk -> meta tensors of the new shapes, and the names that go."""
+    replaced: dict[str, Tensor] = {}
+    touched: set[str] = set()
+    for block, plan in zip(blocks, plans, strict=True):
+        touched |= set(store.keys(block.tensors()))
+        replaced |= store.to_disk(block.resized(_blank(block.bank(), plan, width)))
+    unknown = sorted(replaced.keys() - touched)
+    if unknown:
+        raise CheckpointError(
+            f"{store.checkpoint.path}: results must go under names that the source has. Got '{unknown[0]}' instead. "
+            f"This checkpoint's layout needs an adapter plugin."
+        )
+    return replaced, frozenset(touched - replaced.keys())
+
+
+def _blank(bank: ExpertBank, plan: LayerPlan, width: int) -> CompressedLayer:
+    kept, hidden = len(plan.kept), bank.down.shape[1]
+
+    def blank(like: Tensor, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=like.dtype, device="meta")
+
+    def maybe(like: Tensor | None, *shape: int) -> Tensor | None:
+        return None if like is None else blank(like, *shape)
+
+    return CompressedLayer(
+        layer=plan.layer,
+        gate=maybe(bank.gate, kept, width, hidden),
+        up=blank(bank.up, kept, width, hidden),
+        down=blank(bank.down, kept, hidden, width),
+        gate_bias=maybe(bank.gate_bias, kept, width),
+        up_bias=maybe(bank.up_bias, kept, width),
+        down_bias=maybe(bank.down_bias, kept, hidden),
+        router=blank(bank.router, kept, bank.router.shape[1]),
+        per_expert={
+            name: blank(value, *(kept if size == plan.experts else size for size in value.shape))
+            for name, value in bank.per_expert.items()
+        },
+    )
+
+
+class _Journal:
+    """Which layers are on the disk, for a run that goes on after a kill."""
+
+    def __init__(self, file: Path, key: str, *, fresh: bool) -> None:
+        self._file, self._key = file, key
+        self.done: set[int] = set()
+        if fresh or not file.exists():
+            return
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            return
+        if stored.get("key") == key:
+            self.done = set(stored["done"])
+
+    def add(self, layer: int) -> None:
+        self.done.add(layer)
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"key": self._key, "done": sorted(self.done)}), encoding="utf-8")
+        os.replace(temporary, self._file)
+
+    def remove(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+
+def expert_bytes(store: Store, blocks: Iterable[Block]) -> int:
+    """Bytes on disk of everything in the checkpoint that belongs to routed experts (router rows left out)."""
+    total = 0
+    for block in blocks:
+        names = [name for name in block.tensors() if ".experts." in name]
+        for key in store.keys(names):
+            entry = store.checkpoint.tensors[key]
+            total += entry.end - entry.start
+    return total

@@ -1,0 +1,186 @@
+"""Calibrate: token batches and a checkpoint in, statistics per MoE layer out, one decoder layer in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dernkit.api import Block
+from dernkit.errors import CheckpointError
+from dernkit.kernel.statistics import Accumulator
+from dernkit.models.replay import Loader, replay
+from dernkit.models.source import SourceModel, Stack, decoder_stack
+from dernkit.progress import Progress
+from dernkit.types import LayerStats
+
+
+def calibrate_checkpoint(
+    source: SourceModel,
+    batches: Sequence[Tensor],
+    requires: frozenset[str],
+    *,
+    sample_size: int,
+    seed: int,
+    progress: Progress,
+    first_token: int = 0,
+) -> dict[int, LayerStats]:
+    """Statistics from disk, layer by layer.
+
+    Args:
+        source: the model.
+        batches: token ids [b, s], int64, full sequences.
+        requires: statistics to collect.
+        sample_size: capacity of the reservoir of layer inputs.
+        seed: seed of the reservoir.
+        progress: where to report tokens.
+        first_token: index of the first token in a longer stream; see :class:`Accumulator`.
+    """
+    store, blocks = source.open()
+    stack = decoder_stack(store.model, blocks)
+    store.load_around(stack.owner_path, stack.paths)
+    collector = Collector(blocks, requires, sample_size=sample_size, seed=seed, first_token=first_token)
+    return collector.run(stack, batches, store, progress)
+
+
+def calibrate_live(
+    model: Any,
+    blocks: Sequence[Block],
+    batches: Sequence[Tensor],
+    requires: frozenset[str],
+    *,
+    sample_size: int,
+    seed: int,
+    progress: Progress,
+) -> dict[int, LayerStats]:
+    """The same statistics, bit for bit, from a model that is whole in memory."""
+    collector = Collector(blocks, requires, sample_size=sample_size, seed=seed)
+    with _eager_experts(model):
+        return collector.run(decoder_stack(model, blocks), batches, _Live(), progress)
+
+
+class _Live:
+    def load(self, prefix: str) -> None:
+        """Already there."""
+
+    def unload(self, prefix: str) -> None:
+        """Stays."""
+
+
+@contextmanager
+def _eager_experts(model: Any) -> Iterator[None]:
+    """The plain implementation, which takes every width; the model's own choice comes back afterwards."""
+    before = model.config._experts_implementation
+    training = model.training
+    model.set_experts_implementation("eager")
+    model.eval()
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+        model.train(training)
+
+
+class Collector:
+    """Attaches an accumulator to each MoE block while its decoder layer runs."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        requires: frozenset[str],
+        *,
+        sample_size: int,
+        seed: int,
+        first_token: int = 0,
+    ) -> None:
+        self._blocks = {block.layer: block for block in blocks}
+        if len(self._blocks) != len(blocks):
+            raise CheckpointError(
+                "calibration: a decoder layer must have one MoE block. Got a layer with several instead."
+            )
+        self._accumulators = {
+            block.layer: Accumulator(
+                block.dims, requires, sample_size=sample_size, seed=seed, first_token=first_token
+            )
+            for block in blocks
+        }
+
+    def run(
+        self, stack: Stack, batches: Sequence[Tensor], loader: Loader, progress: Progress
+    ) -> dict[int, LayerStats]:
+        """Replay all batches and return the statistics by decoder layer."""
+        count = len(stack.layers)
+        with progress.track("calibrate", count * sum(batch.numel() for batch in batches), "tokens") as tracker:
+            replay(
+                stack.owner,
+                stack.layers,
+                stack.paths,
+                batches,
+                loader,
+                self.observe,
+                lambda layer, tokens: tracker.advance(tokens, f"layer {layer + 1}/{count}"),
+            )
+        return {layer: accumulator.stats() for layer, accumulator in self._accumulators.items()}
+
+    def observe(self, layer: int) -> AbstractContextManager[None]:
+        """Hooks on the layer's block, if it has one."""
+        return self._hooked(layer)
+
+    @contextmanager
+    def _hooked(self, layer: int) -> Iterator[None]:
+        if layer not in self._blocks:
+            yield
+            return
+        block, accumulator = self._blocks[layer], self._accumulators[layer]
+        bank = block.bank()
+        handle = block.on_routing(lambda *routing: accumulator.update(bank, *routing))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def batched(tokens: Tensor, batch_size: int) -> list[Tensor]:
+    """[sequences, length] in batches of at most ``batch_size`` sequences."""
+    return list(tokens.split(batch_size))
+
+
+def save_stats(stats: Mapping[int, LayerStats], file: Path, metadata: Mapping[str, str]) -> None:
+    """Write `layers.<index>.<statistic>` tensors; ``tokens`` is an int64 scalar."""
+    tensors = {}
+    for layer, values in stats.items():
+        tensors[f"layers.{layer}.tokens"] = torch.tensor(values.tokens)
+        tensors |= {f"layers.{layer}.{name}": value.contiguous() for name, value in values.values.items()}
+    sample_size = max((values.sample_size for values in stats.values()), default=0)
+    save_file(tensors, file, metadata=dict(metadata) | {"sample_size": str(sample_size)})
+
+
+def load_stats(file: Path) -> dict[int, LayerStats]:
+    """Read what `save_stats` wrote.
+
+    Raises:
+        CheckpointError: a statistic is NaN or infinite.
+    """
+    tokens: dict[int, int] = {}
+    values: dict[int, dict[str, Tensor]] = {}
+    with safe_open(file, "pt") as stored:
+        sample_size = int(stored.metadata()["sample_size"])
+        for key in stored.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+            _, layer, name = key.split(".", 2)
+            tensor = stored.get_tensor(key)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(
+                    f"{file}: statistics must be finite. Got NaN or infinity in '{key}' instead. Calibrate again "
+                    f"in float32, or on other text."
+                )
+            if name == "tokens":
+                tokens[int(layer)] = int(tensor)
+            else:
+                values.setdefault(int(layer), {})[name] = tensor
+    return {layer: LayerStats(tokens[layer], values.get(layer, {}), sample_size) for layer in sorted(tokens)}

@@ -1,0 +1,68 @@
+"""Evaluate: load a directory in stock transformers and run the recipe's evaluators on it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dernkit.api import Evaluator, Subject
+from dernkit.errors import CheckpointError
+from dernkit.models.store import quiet_transformers
+from dernkit.progress import Progress
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> object:
+    """The model's own tokenizer.
+
+    Raises:
+        CheckpointError: the directory has none that transformers can load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds here; each means that there is no usable tokenizer
+        reason = str(error).strip().splitlines()[0][:200]
+        raise CheckpointError(
+            f"{path}: must hold a tokenizer that transformers can load. Got: {reason}"
+        ) from None
+
+
+def load_subject(path: Path, *, trust_remote_code: bool = False) -> Subject:
+    """The whole model in memory, as any user of transformers would load it, in its own dtype.
+
+    Raises:
+        CheckpointError: transformers reports a missing, unexpected or mismatched key.
+    """
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto",
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    problems = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if problems:
+        raise CheckpointError(
+            f"{path}: must load without a missing, unexpected or mismatched key. Got '{problems[0]}' instead."
+        )
+    return Subject(model.eval(), tokenizer, path)
+
+
+def evaluate(
+    path: Path, evaluators: Sequence[Evaluator], progress: Progress, *, what: str, trust_remote_code: bool = False
+) -> dict[str, Mapping[str, float]]:
+    """``position:name`` of each evaluator -> its metrics."""
+    results: dict[str, Mapping[str, float]] = {}
+    if not evaluators:
+        return results
+    subject = load_subject(path, trust_remote_code=trust_remote_code)
+    with progress.track(f"evaluate {what}", len(evaluators), "evaluators") as tracker:
+        for position, evaluator in enumerate(evaluators):
+            results[f"{position}:{evaluator.name}"] = dict(evaluator.evaluate(subject))
+            tracker.advance(1, evaluator.name)
+    return results

@@ -1,0 +1,179 @@
+"""Plan: statistics and weights in, decisions out (integers and floats, never weights)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dernkit.api import Assigner, Block, Budget, Scorer
+from dernkit.errors import CheckpointError, ContractError
+from dernkit.kernel.planning import plan_from_scores, score_layer
+from dernkit.kernel.selection import kept_count, limits
+from dernkit.models.source import SourceModel
+from dernkit.progress import Progress
+from dernkit.types import Assignment, LayerPlan, LayerStats
+
+_MOVES = ("source", "target", "partner", "affinity")
+
+
+class Decisions(Protocol):
+    """The plan section of a recipe."""
+
+    @property
+    def keep(self) -> int | float: ...
+    @property
+    def scorer(self) -> Scorer: ...
+    @property
+    def budget(self) -> Budget: ...
+    @property
+    def assigner(self) -> Assigner | None: ...
+
+
+class _Weights(Protocol):
+    def load(self, prefix: str) -> Any: ...
+    def unload(self, prefix: str) -> Any: ...
+
+
+def check_keep(source: SourceModel, decisions: Decisions) -> None:
+    """Refuse a count that the router does not allow before anything expensive starts.
+
+    Raises:
+        CheckpointError: ``keep`` is below top-k, above the count, or no multiple of the groups.
+    """
+    _, blocks = source.open()
+    for block in blocks:
+        kept_count(decisions.keep, limits(block.dims))
+
+
+def plan_checkpoint(
+    source: SourceModel, decisions: Decisions, stats: Mapping[int, LayerStats], progress: Progress
+) -> list[LayerPlan]:
+    """Decide for every MoE block of a checkpoint, one block's weights in memory at a time."""
+    store, blocks = source.open(keep_dtypes=True)
+    return plan_blocks(blocks, decisions, stats, store, progress)
+
+
+def plan_blocks(
+    blocks: Sequence[Block],
+    decisions: Decisions,
+    stats: Mapping[int, LayerStats],
+    weights: _Weights,
+    progress: Progress,
+) -> list[LayerPlan]:
+    """Score every block, divide the budget, then keep and assign.
+
+    Raises:
+        ContractError: a component broke its contract.
+        CheckpointError: the router of some layer does not allow the count asked for.
+    """
+    passes = 1 if decisions.assigner is None else 2
+    with progress.track("plan", passes * len(blocks), "layers") as tracker:
+        scores = []
+        for block in blocks:
+            weights.load(block.path)
+            scores.append(score_layer(block.bank(), _of(stats, block), decisions.scorer))
+            weights.unload(block.path)
+            tracker.advance(1, f"score, layer {block.layer}")
+        counts = _allocate(blocks, decisions, scores)
+        plans = []
+        for block, score, count in zip(blocks, scores, counts, strict=True):
+            if decisions.assigner is not None:
+                weights.load(block.path)
+                tracker.advance(1, f"assign, layer {block.layer}")
+            plans.append(plan_from_scores(block.bank(), _of(stats, block), score, count, decisions.assigner))
+            if decisions.assigner is not None:
+                weights.unload(block.path)
+    return plans
+
+
+def _of(stats: Mapping[int, LayerStats], block: Block) -> LayerStats:
+    return stats.get(block.layer, LayerStats(tokens=0))
+
+
+def _allocate(blocks: Sequence[Block], decisions: Decisions, scores: list[Tensor]) -> list[int]:
+    bounds = [limits(block.dims) for block in blocks]
+    counts = decisions.budget.allocate(scores, decisions.keep, bounds)
+    where = f"budget '{decisions.budget.name}'"
+    if len(counts) != len(blocks):
+        raise ContractError(f"{where}: must return one count per layer ({len(blocks)}). Got {len(counts)} instead.")
+    for count, bound in zip(counts, bounds, strict=True):
+        if not bound.smallest <= count <= bound.experts or count % bound.multiple:
+            raise ContractError(
+                f"{where}, layer {bound.layer}: must return a count from {bound.smallest} to {bound.experts} in steps "
+                f"of {bound.multiple}. Got {count} instead."
+            )
+    if len(set(counts)) != 1:
+        raise ContractError(
+            f"{where}: must keep the same count in every layer, as stock runtimes load one count for all. "
+            f"Got {sorted(set(counts))} instead."
+        )
+    return counts
+
+
+def save_plan(
+    plans: Sequence[LayerPlan], folder: Path, header: Mapping[str, Any], stats: Mapping[int, LayerStats]
+) -> None:
+    """Write `plan.safetensors` (the moves) and `plan.json` (everything else, readable)."""
+    moves = {
+        f"layers.{plan.layer}.{name}": getattr(plan.assignment, name).contiguous() for plan in plans for name in _MOVES
+    }
+    save_file(moves, folder / "plan.safetensors")
+    document = {**header, "layers": {str(plan.layer): summary(plan) | _unrouted(stats, plan.layer) for plan in plans}}
+    (folder / "plan.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def summary(plan: LayerPlan) -> dict[str, Any]:
+    """One layer of `plan.json`: scores, kept experts, and where the dropped experts' segments go."""
+    moved = torch.unique(plan.assignment.source)
+    flows: dict[str, dict[str, int]] = {str(expert): {} for expert in plan.dropped}
+    origin = plan.assignment.source // plan.width
+    for expert in plan.dropped:
+        targets = torch.bincount(plan.assignment.target[origin == expert], minlength=len(plan.kept))
+        flows[str(expert)] = {str(int(plan.kept[i])): int(n) for i, n in enumerate(targets) if n}
+    return {
+        "experts": plan.experts,
+        "width": plan.width,
+        "scores": plan.scores.tolist(),
+        "kept": plan.kept.tolist(),
+        "moves": len(plan.assignment),
+        "moved_segments": len(moved),
+        "discarded_segments": len(plan.dropped) * plan.width - len(moved),
+        "moved_from_to": flows,
+    }
+
+
+def _unrouted(stats: Mapping[int, LayerStats], layer: int) -> dict[str, list[int]]:
+    """Experts that no calibration token was routed to, where that was counted."""
+    if layer not in stats or "routed" not in stats[layer].values:
+        return {}
+    return {"unrouted": (stats[layer]["routed"] == 0).nonzero().flatten().tolist()}
+
+
+def load_plan(folder: Path) -> list[LayerPlan]:
+    """Read what `save_plan` wrote (and a person may have edited).
+
+    Raises:
+        CheckpointError: the two files do not fit together.
+    """
+    try:
+        layers = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["layers"]
+        with safe_open(folder / "plan.safetensors", "pt") as file:
+            return [_layer_plan(int(layer), item, file) for layer, item in layers.items()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / 'plan.json'}: must be a plan with its plan.safetensors beside it. Got {error!r} instead. "
+            f"Delete both and run again."
+        ) from None
+
+
+def _layer_plan(layer: int, item: Mapping[str, Any], file: Any) -> LayerPlan:
+    moves = Assignment(*(file.get_tensor(f"layers.{layer}.{name}") for name in _MOVES))
+    scores = torch.tensor(item["scores"], dtype=torch.float64)
+    return LayerPlan(layer, item["experts"], item["width"], scores, torch.tensor(item["kept"]), moves)

@@ -1,0 +1,139 @@
+"""Small random expert banks and statistics, for tests of plugins and of dernkit itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dernkit.types import CompressedLayer, ExpertBank, LayerDims, LayerStats
+
+
+def random_bank(
+    experts: int = 4,
+    width: int = 8,
+    hidden: int = 6,
+    *,
+    gated: bool = True,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    top_k: int = 2,
+    groups: int = 1,
+    layer: int = 0,
+) -> ExpertBank:
+    """Gaussian experts with SiLU, plus a correction bias in ``per_expert``; biases everywhere or nowhere."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(dtype)
+
+    return ExpertBank(
+        dims=LayerDims(layer, experts, top_k, width, hidden, groups),
+        gate=normal(experts, width, hidden) if gated else None,
+        up=normal(experts, width, hidden),
+        down=normal(experts, hidden, width),
+        gate_bias=normal(experts, width) if gated and bias else None,
+        up_bias=normal(experts, width) if bias else None,
+        down_bias=normal(experts, hidden) if bias else None,
+        router=normal(experts, hidden),
+        per_expert={"correction_bias": normal(experts)},
+        act=_silu,
+    )
+
+
+def _silu(gate: Float[Tensor, "n width"] | None, up: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
+    return torch.nn.functional.silu(up) if gate is None else torch.nn.functional.silu(gate) * up
+
+
+def random_stats(bank: ExpertBank, *, tokens: int = 100, seed: int = 0, sample: int = 16) -> LayerStats:
+    """All statistics with plausible values: at most ``tokens`` tokens an expert, coefficients in (0, 1)."""
+    rng = torch.Generator().manual_seed(seed)
+    experts, hidden = bank.dims.experts, bank.dims.hidden
+    routed = torch.randint(1, tokens + 1, (experts,), generator=rng).to(torch.float64)
+    gate_sum, norm = (torch.rand(2, experts, generator=rng, dtype=torch.float64) * routed).unbind()
+    return LayerStats(
+        tokens,
+        {
+            "routed": routed,
+            "gate_sum": gate_sum,
+            "output_norm_sum": norm,
+            "output_sq_sum": norm**2 / routed,
+            "reap_sum": gate_sum * norm / routed,
+            "output_sum": torch.randn(experts, hidden, generator=rng, dtype=torch.float64),
+            "sample": torch.randn(sample, hidden, generator=rng),
+            "sample_key": torch.rand(sample, generator=rng, dtype=torch.float64).sort().values,
+        },
+        sample_size=sample,
+    )
+
+
+def permute_experts(bank: ExpertBank, order: Int64[Tensor, " experts"]) -> ExpertBank:
+    """The same bank with expert ``order[i]`` in place i."""
+    return replace(
+        bank,
+        gate=_take(bank.gate, order),
+        up=bank.up[order],
+        down=bank.down[order],
+        gate_bias=_take(bank.gate_bias, order),
+        up_bias=_take(bank.up_bias, order),
+        down_bias=_take(bank.down_bias, order),
+        router=bank.router[order],
+        per_expert={name: tensor[order] for name, tensor in bank.per_expert.items()},
+    )
+
+
+def permute_neurons(bank: ExpertBank, expert: int, order: Int64[Tensor, " width"]) -> ExpertBank:
+    """The same bank, the neurons of one expert in another order: every expert computes what it did."""
+    return copy_expert(bank, expert, expert, order)
+
+
+def copy_expert(bank: ExpertBank, source: int, target: int, order: Int64[Tensor, " width"]) -> ExpertBank:
+    """The same bank, expert ``target`` replaced by a copy of ``source`` with its neurons in another order."""
+
+    def put(tensor: Tensor, value: Tensor) -> Tensor:
+        out = tensor.clone()
+        out[target] = value
+        return out
+
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else put(tensor, tensor[source][order])
+
+    return replace(
+        bank,
+        gate=rows(bank.gate),
+        up=put(bank.up, bank.up[source][order]),
+        down=put(bank.down, bank.down[source][:, order]),
+        gate_bias=rows(bank.gate_bias),
+        up_bias=rows(bank.up_bias),
+        down_bias=None if bank.down_bias is None else put(bank.down_bias, bank.down_bias[source]),
+    )
+
+
+def permute_stats(stats: LayerStats, order: Int64[Tensor, " experts"]) -> LayerStats:
+    """The statistics of :func:`permute_experts`."""
+    values = {name: value if name.startswith("sample") else value[order] for name, value in stats.values.items()}
+    return LayerStats(stats.tokens, values, stats.sample_size)
+
+
+def as_bank(layer: CompressedLayer, source: ExpertBank) -> ExpertBank:
+    """A compressed layer as a bank again, with the dims that follow: to compute with it, or compress it once more."""
+    kept, width = layer.up.shape[:2]
+    return ExpertBank(
+        dims=replace(source.dims, experts=kept, width=width),
+        gate=layer.gate,
+        up=layer.up,
+        down=layer.down,
+        gate_bias=layer.gate_bias,
+        up_bias=layer.up_bias,
+        down_bias=layer.down_bias,
+        router=layer.router,
+        per_expert=layer.per_expert,
+        act=source.act,
+    )
+
+
+def _take(tensor: Tensor | None, order: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor[order]

@@ -1,0 +1,236 @@
+"""The records that flow between the stages. Frozen, slotted, without behaviour beyond views of themselves.
+
+Legend of the shape letters used in every annotation of the package:
+
+=========  =====================================================================================
+experts    E, routed experts of one MoE layer in the source model
+kept       K, experts that stay, in ascending order of their source index
+width      W, intermediate neurons of one expert
+hidden     H, size of the vectors that an expert reads and writes
+parts      P, 3 with a gate (gate row, up row, down column), 2 without
+features   D, H, or H + 1 where experts carry gate/up biases (the bias is the last feature)
+moves      M, segments that go to a kept expert
+sampled    n, reservoir-sampled layer inputs
+=========  =====================================================================================
+
+A *segment* is one neuron of one expert: its P parts of D features each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dernkit.errors import ContractError
+
+Activation = Callable[[Tensor | None, Tensor], Tensor]
+"""``(gate pre-activation [n, W] or None, up pre-activation [n, W]) -> neuron activations [n, W]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDims:
+    """Sizes and routing rules of one MoE layer; ``layer`` is the decoder layer's number."""
+
+    layer: int
+    experts: int
+    top_k: int
+    width: int
+    hidden: int
+    groups: int = 1
+    top_k_groups: int = 1
+    candidates_per_group: int = 1
+    """Experts per group that the router's group score looks at (2 in DeepSeek-V3, 1 in DeepSeek-V2)."""
+
+    @property
+    def smallest_keep(self) -> int:
+        """Fewest experts with which the router still works as the family defines it."""
+        per_group = max(self.candidates_per_group, -(-self.top_k // self.top_k_groups))
+        return self.groups * per_group if self.groups > 1 else self.top_k
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBank:
+    """All routed experts of one layer as canonical tensors in the checkpoint's dtype (views where possible)."""
+
+    dims: LayerDims
+    gate: Float[Tensor, "experts width hidden"] | None
+    up: Float[Tensor, "experts width hidden"]
+    down: Float[Tensor, "experts hidden width"]
+    gate_bias: Float[Tensor, "experts width"] | None
+    up_bias: Float[Tensor, "experts width"] | None
+    down_bias: Float[Tensor, "experts hidden"] | None
+    router: Float[Tensor, "experts router_hidden"]
+    per_expert: Mapping[str, Tensor]
+    """Other tensors with one entry per expert (correction biases, scales), by in-memory name: sliced, never summed."""
+    act: Activation
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether segments carry a gate or up bias as their last feature."""
+        return self.up_bias is not None or self.gate_bias is not None
+
+    def segments(self, expert: int) -> Float[Tensor, "width parts features"]:
+        """One expert's neurons in float32: gate row, up row, down column; biases appended as a last feature.
+
+        The down column has no bias of its own; its last feature is 0, so that averages and norms are unaffected.
+        """
+        rows = [] if self.gate is None else [(self.gate, self.gate_bias)]
+        rows.append((self.up, self.up_bias))
+        parts = []
+        for weight, bias in rows:
+            part = weight[expert].to(torch.float32)
+            if self.has_bias:
+                last = part.new_zeros(len(part)) if bias is None else bias[expert].to(torch.float32)
+                part = torch.cat([part, last[:, None]], dim=1)
+            parts.append(part)
+        column = self.down[expert].to(torch.float32).T
+        if self.has_bias:
+            column = torch.nn.functional.pad(column, (0, 1))
+        return torch.stack([*parts, column], dim=1)
+
+    def output(self, expert: int, inputs: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+        """``E_e(x)`` in float32, before the router's coefficient."""
+        x = inputs.to(torch.float32)
+        up = _linear(x, self.up[expert], None if self.up_bias is None else self.up_bias[expert])
+        gate = None
+        if self.gate is not None:
+            gate = _linear(x, self.gate[expert], None if self.gate_bias is None else self.gate_bias[expert])
+        neurons = self.act(gate, up)
+        return _linear(neurons, self.down[expert], None if self.down_bias is None else self.down_bias[expert])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(torch.float32)
+    return torch.nn.functional.linear(x, weight.to(torch.float32), bias)
+
+
+STATISTICS: Mapping[str, str] = {
+    "routed": "[E] tokens for which the router chose the expert",
+    "gate_sum": "[E] sum of the coefficient with which the model multiplies the expert's output",
+    "output_norm_sum": "[E] sum of ||E_e(x)||_2 over routed tokens",
+    "output_sq_sum": "[E] sum of ||E_e(x)||_2^2 over routed tokens",
+    "reap_sum": "[E] sum of coefficient * ||E_e(x)||_2 over routed tokens",
+    "output_sum": "[E, H] sum of E_e(x) over routed tokens",
+    "sample": "[n, H] seeded reservoir of the layer's inputs, with its keys in `sample_key` [n]",
+}
+"""Statistics that a component may name in ``requires``; `tokens` is always there. Sums are float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats:
+    """Calibration statistics of one layer. Sums only, so that ``stats(A) + stats(B) = stats(A ++ B)``.
+
+    Args:
+        tokens: tokens that reached the layer.
+        values: statistic name -> tensor; see :data:`STATISTICS`.
+        sample_size: capacity of the reservoir (0 when no sample was asked for).
+    """
+
+    tokens: int
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    sample_size: int = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.values:
+            known = ", ".join(sorted(self.values)) or "none"
+            raise ContractError(
+                f"statistic '{name}': must be declared in the component's `requires` to be collected. "
+                f"Got only {known} instead. Add it to `requires`."
+            )
+        return self.values[name]
+
+    def only(self, names: frozenset[str]) -> LayerStats:
+        """The same statistics restricted to ``names``: what a component that declares them may see."""
+        allowed = names | ({"sample_key"} if "sample" in names else frozenset())
+        kept = {name: value for name, value in self.values.items() if name in allowed}
+        return LayerStats(self.tokens, kept, self.sample_size)
+
+    def __add__(self, other: LayerStats) -> LayerStats:
+        """Statistics of both token sets together; the reservoirs are joined by their keys."""
+        both = {name: self[name] + other[name] for name in self.values if not name.startswith("sample")}
+        if "sample" in self.values:
+            keys = torch.cat([self["sample_key"], other["sample_key"]])
+            rows = torch.cat([self["sample"], other["sample"]])
+            order = torch.argsort(keys, stable=True)[: self.sample_size]
+            both |= {"sample": rows[order], "sample_key": keys[order]}
+        return LayerStats(self.tokens + other.tokens, both, self.sample_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Which dropped segments go where. A segment that is not listed is discarded."""
+
+    source: Int64[Tensor, " moves"]
+    """expert * W + neuron, in the source layer."""
+    target: Int64[Tensor, " moves"]
+    """Position among the kept experts."""
+    partner: Int64[Tensor, " moves"]
+    """Neuron of the target expert that it matched best."""
+    affinity: Float[Tensor, " moves"]
+
+    @staticmethod
+    def empty() -> Assignment:
+        """No moves: plain pruning."""
+        none = torch.empty(0, dtype=torch.int64)
+        return Assignment(none, none, none, torch.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """All decisions for one layer: integers and floats, never weights."""
+
+    layer: int
+    experts: int
+    width: int
+    scores: Float[Tensor, " experts"]
+    """float64; higher stays."""
+    kept: Int64[Tensor, " kept"]
+    """Source indices of the kept experts, ascending."""
+    assignment: Assignment
+
+    @property
+    def dropped(self) -> list[int]:
+        """Source indices of the dropped experts, ascending."""
+        kept = set(self.kept.tolist())
+        return [expert for expert in range(self.experts) if expert not in kept]
+
+    def pool_sizes(self) -> list[int]:
+        """Own plus received segments of every kept expert."""
+        received = torch.bincount(self.assignment.target, minlength=len(self.kept))
+        return [self.width + int(count) for count in received]
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """What a merge sees for one kept expert: its own segments and those that arrive, in float32."""
+
+    own: Float[Tensor, "width parts features"]
+    own_weight: float
+    """Score of the kept expert, at least 0."""
+    incoming: Float[Tensor, "moves parts features"]
+    incoming_weight: Float[Tensor, " moves"]
+    """Score of the expert that each segment comes from, at least 0."""
+    partner: Int64[Tensor, " moves"]
+    affinity: Float[Tensor, " moves"]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedLayer:
+    """The kept experts after surgery, in the checkpoint's dtype; same layout as :class:`ExpertBank`."""
+
+    layer: int
+    gate: Float[Tensor, "kept width hidden"] | None
+    up: Float[Tensor, "kept width hidden"]
+    down: Float[Tensor, "kept hidden width"]
+    gate_bias: Float[Tensor, "kept width"] | None
+    up_bias: Float[Tensor, "kept width"] | None
+    down_bias: Float[Tensor, "kept hidden"] | None
+    router: Float[Tensor, "kept router_hidden"]
+    per_expert: Mapping[str, Tensor]

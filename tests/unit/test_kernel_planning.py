@@ -1,0 +1,107 @@
+"""Components that break their contract are named, with the layer and what they did."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+import torch
+
+from dernkit.builtin.assigners import Affinity
+from dernkit.builtin.scorers import GateMass
+from dernkit.errors import ContractError
+from dernkit.kernel.planning import plan_from_scores, plan_layer, score_layer
+from dernkit.testing.banks import random_bank, random_stats
+from dernkit.types import Assignment, ExpertBank, LayerStats
+
+BANK = random_bank(4, 5, 3, layer=7)
+STATS = random_stats(BANK)
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A scorer and an assigner that do what they are told."""
+
+    result: Callable[[LayerStats], object]
+    name: ClassVar[str] = "scripted"
+    requires: frozenset[str] = field(default=frozenset())
+
+    def score(self, bank: ExpertBank, stats: LayerStats) -> torch.Tensor:
+        return self.result(stats)
+
+    def assign(self, bank: ExpertBank, kept: torch.Tensor, stats: LayerStats) -> Assignment:
+        return self.result(stats)
+
+
+@pytest.mark.parametrize(
+    ("scores", "problem"),
+    [
+        (torch.ones(3, dtype=torch.float64), r"shape \[4\], one score for each expert. Got float64 \[3\] on cpu"),
+        (torch.ones(4), r"float64 tensor of shape \[4\].* Got float32 \[4\]"),
+        (torch.tensor([1, torch.nan, 1, 1], dtype=torch.float64), "must be finite.* Got nan for expert 1"),
+        (torch.tensor([1, 1, 1, torch.inf], dtype=torch.float64), "must be finite.* Got inf for expert 3"),
+    ],
+)
+def test_scorers_are_held_to_their_contract(scores: torch.Tensor, problem: str) -> None:
+    with pytest.raises(ContractError, match=f"^scorer 'scripted', layer 7: score must .*{problem}"):
+        score_layer(BANK, STATS, Scripted(lambda stats: scores))
+
+
+def test_components_see_only_the_statistics_that_they_declare() -> None:
+    with pytest.raises(ContractError, match="statistic 'routed': must be declared"):
+        score_layer(BANK, STATS, Scripted(lambda stats: stats["routed"]))
+    scorer = Scripted(lambda stats: stats["routed"], requires=frozenset({"routed"}))
+    assert torch.equal(score_layer(BANK, STATS, scorer), STATS["routed"])
+    with pytest.raises(ContractError, match="statistic 'sample': must be declared"):
+        plan_layer(BANK, STATS, GateMass(), 2, Scripted(lambda stats: stats["sample"]))
+
+
+def moves(source: list, target: list, partner: list, affinity: list) -> Assignment:
+    return Assignment(
+        torch.tensor(source, dtype=torch.int64),
+        torch.tensor(target, dtype=torch.int64),
+        torch.tensor(partner, dtype=torch.int64),
+        torch.tensor(affinity),
+    )
+
+
+@pytest.mark.parametrize(
+    ("assignment", "problem"),
+    [
+        (moves([0], [0], [0], [1.0]), "source must be a segment of a dropped expert. Got 0 in move 0"),
+        (moves([10, 20], [0, 0], [0, 0], [1.0, 1.0]), r"source must be in \[0, 20\). Got 20 in move 1"),
+        (moves([10], [2], [0], [1.0]), r"target must be in \[0, 2\). Got 2"),
+        (moves([10], [0], [-1], [1.0]), r"partner must be in \[0, 5\). Got -1"),
+        (moves([10], [0], [0], [float("nan")]), "affinity must be finite. Got nan"),
+        (moves([10], [0, 1], [0], [1.0]), r"target must be a int64 CPU tensor.* Got int64 \[2\] on cpu for 1 moves"),
+    ],
+)
+def test_assigners_are_held_to_their_contract(assignment: Assignment, problem: str) -> None:
+    scores = torch.tensor([4, 3, 2, 1], dtype=torch.float64)
+    with pytest.raises(ContractError, match=f"^assigner 'scripted', layer 7: {problem}"):
+        plan_from_scores(BANK, STATS, scores, 2, Scripted(lambda stats: assignment))
+
+
+def test_one_segment_may_go_to_several_experts() -> None:
+    scores = torch.tensor([4, 3, 2, 1], dtype=torch.float64)
+    both = moves([10, 10], [0, 1], [0, 0], [1.0, 1.0])
+    plan = plan_from_scores(BANK, STATS, scores, 2, Scripted(lambda stats: both))
+    assert plan.pool_sizes() == [6, 6]
+
+
+def test_a_plan_holds_the_decisions() -> None:
+    plan = plan_layer(BANK, STATS, GateMass(), 2, Affinity(quantile=0.5))
+    assert (plan.layer, plan.experts, plan.width) == (7, 4, 5)
+    assert plan.kept.tolist() == torch.topk(plan.scores, 2).indices.sort().values.tolist()
+    assert len(plan.assignment) == 5
+
+
+def test_no_assigner_discards_and_keeping_all_asks_none() -> None:
+    assert len(plan_layer(BANK, STATS, GateMass(), 2, None).assignment) == 0
+    assert len(plan_layer(BANK, STATS, GateMass(), 4, Scripted(lambda stats: pytest.fail("asked"))).assignment) == 0
+
+
+def test_groups_are_respected() -> None:
+    bank = random_bank(8, 3, 3, groups=2)
+    plan = plan_layer(bank, random_stats(bank), GateMass(), 4, None)
+    assert int((plan.kept < 4).sum()) == 2
