@@ -216,6 +216,10 @@ class Block(Protocol):
         """The experts and all that follows their count, as canonical tensors."""
         ...
 
+    def router_kind(self) -> str:
+        """What the router does with its logits, in words."""
+        ...
+
     def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor that surgery touches, by its in-memory name in the model."""
         ...

@@ -52,6 +52,7 @@ def describe(source: SourceModel) -> dict[str, Any]:
         "top_k": dims.top_k,
         "width": dims.width,
         "hidden": dims.hidden,
+        "router": blocks[0].router_kind(),
         "groups": dims.groups,
         "top_k_groups": dims.top_k_groups,
         "smallest_keep": max(block.dims.smallest_keep for block in blocks),

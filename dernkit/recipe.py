@@ -27,10 +27,11 @@ SEED = Number(integer=True, low=0, high=2**63 - 1)
 SEQUENCES = Number(integer=True, low=1, high=1_000_000)
 LENGTH = Number(integer=True, low=2, high=1_048_576)
 BATCH_SIZE = Number(integer=True, low=1, high=4096)
-DEFAULT_SEED, DEFAULT_BATCH_SIZE = 0, 8
+SAMPLE = Number(integer=True, low=1, high=100_000_000)
+DEFAULT_SEED, DEFAULT_BATCH_SIZE, DEFAULT_SAMPLE = 0, 8, 16_384
 
 TOP = ("dernkit", "seed", "calibrate", "plan", "apply", "evaluate", "report")
-CALIBRATE = ("source", "sequences", "length", "batch_size")
+CALIBRATE = ("source", "sequences", "length", "batch_size", "sample")
 PLAN = ("keep", "score", "budget", "assign")
 APPLY = ("merge", "router")
 
@@ -59,6 +60,8 @@ class CalibrateSpec:
     sequences: int
     length: int
     batch_size: int
+    sample: int
+    """Layer inputs in the reservoir, for components that read one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,7 @@ def _calibrate(binder: Binder) -> CalibrateSpec | None:
         sequences=binder.entry((*here, "sequences"), SEQUENCES),
         length=binder.entry((*here, "length"), LENGTH),
         batch_size=binder.entry((*here, "batch_size"), BATCH_SIZE, DEFAULT_BATCH_SIZE),
+        sample=binder.entry((*here, "sample"), SAMPLE, DEFAULT_SAMPLE),
     )
 
 

@@ -196,8 +196,8 @@ class Run:
             folder = self.out / _PARTIAL / "plan"
             _fresh(folder)
             plan.save_plan(plans, folder, header, stats)
-            os.replace(folder / "plan.safetensors", self.out / "plan.safetensors")
-            os.replace(folder / PLAN, self.out / PLAN)
+            _publish(folder / "plan.safetensors", self.out / "plan.safetensors")
+            _publish(folder / PLAN, self.out / PLAN)
 
         self._stage("plan", _json_key(self.out / PLAN) == key and (self.out / "plan.safetensors").exists(), work)
 
@@ -281,7 +281,7 @@ class Run:
         temporary = self.out / _PARTIAL / name
         temporary.parent.mkdir(exist_ok=True)
         yield temporary
-        os.replace(temporary, self.out / name)
+        _publish(temporary, self.out / name)
 
 
 @contextmanager
@@ -297,6 +297,14 @@ def _exclusive(file: Path) -> Iterator[None]:
                 f"--out: one run at a time may write '{file.parent}'. Got a second one instead. Wait for the first."
             ) from None
         yield
+
+
+def _publish(file: Path, place: Path) -> None:
+    """Rename a finished file into place, readable as the umask says (safetensors writes 0600)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+    os.replace(file, place)
 
 
 def _fresh(folder: Path) -> None:

@@ -22,6 +22,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             "sequences": recipe.SEQUENCES.schema(),
             "length": recipe.LENGTH.schema(),
             "batch_size": _default(recipe.BATCH_SIZE, recipe.DEFAULT_BATCH_SIZE),
+            "sample": _default(recipe.SAMPLE, recipe.DEFAULT_SAMPLE),
         },
         required=["source", "sequences", "length"],
     )

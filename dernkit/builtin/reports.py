@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
+import yaml
+
 from dernkit.api import hookimpl
 
 _HEADLINES = ("loss", "perplexity", "bits_per_byte", "acc", "acc_norm", "word_perplexity", "exact_match")
@@ -116,12 +118,12 @@ def _components(run: Mapping[str, Any]) -> list[str]:
     return [
         "## How it was made",
         "",
-        f"Seed {lock['recipe']['seed']}.{tokens} {versions}.",
+        f"Seed {run['recipe']['seed']}.{tokens} {versions}.",
         "",
         *_table(["kind", "component", "distribution", "version"], rows),
         "",
         "```yaml",
-        lock["recipe_text"].rstrip(),
+        yaml.safe_dump(run["recipe"], sort_keys=False, width=100, default_flow_style=None).rstrip(),
         "```",
     ]
 

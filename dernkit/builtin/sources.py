@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Int64
@@ -19,6 +19,7 @@ PIECE = 1 << 20
 """Characters that are read and tokenised at a time."""
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class TextFile:
     """One text in a UTF-8 file."""
@@ -35,6 +36,7 @@ class TextFile:
         return pack(pieces, sequences=sequences, length=length, rng=rng)
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class JsonLines:
     """One text per line of a UTF-8 file, in a field of a JSON object."""
@@ -66,6 +68,7 @@ class JsonLines:
             yield _text(row, self.field, where)
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """The first texts of a dataset's split, streamed; needs ``pip install 'dernkit[eval]'``."""

@@ -7,6 +7,8 @@
 `segments`      segments back into gate, up and down tensors
 `planning`      run a scorer and an assigner on one layer, and hold them to their contracts
 `compress`      run a merge and a router on one layer, and hold them to theirs
+`statistics`    calibration sums of one layer, batch by batch
+`packing`       text into token sequences of one length
 `seeding`       generators that depend on nothing but a seed and a place
 ==============  =========================================================================
 

@@ -137,7 +137,7 @@ def _merge(
     if not bool(merged.isfinite().all()):
         raise ContractError(
             f"merge '{merge.name}', {where}: must return finite segments. Got NaN or infinity instead. "
-            "Divide by no zero weight or norm in the merge."
+            "Let the merge divide by no weight or norm of 0."
         )
     return merged.to(torch.float32)
 

@@ -38,7 +38,7 @@ def score_layer(bank: ExpertBank, stats: LayerStats, scorer: Scorer) -> Float64[
     if wrong:
         raise ContractError(
             f"{where}: score must be finite, also for an expert that saw no token. "
-            f"Got {scores[wrong[0]].item()} for expert {wrong[0]} instead. Divide by no zero in the scorer."
+            f"Got {scores[wrong[0]].item()} for expert {wrong[0]} instead. Let the scorer divide by no count of 0."
         )
     return scores.cpu()
 
@@ -67,9 +67,9 @@ def _check_assignment(moves: Assignment, bank: ExpertBank, kept: Int64[Tensor, "
     for name, value in (indices | {"affinity": moves.affinity}).items():
         dtype_fits = value.is_floating_point() if name == "affinity" else value.dtype == torch.int64
         if value.shape != (len(moves),) or not dtype_fits or value.device.type != "cpu":
-            kind = "float" if name == "affinity" else "int64"
+            kind = "a float" if name == "affinity" else "an int64"
             raise ContractError(
-                f"{where}: {name} must be a {kind} CPU tensor with one entry for each move. "
+                f"{where}: {name} must be {kind} CPU tensor with one entry for each move. "
                 f"Got {_describe(value)} for {len(moves)} moves instead. Fix the assigner."
             )
     bounds = {"source": experts * width, "target": len(kept), "partner": width}

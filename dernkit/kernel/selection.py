@@ -45,7 +45,7 @@ def kept_count(keep: int | float, limits: KeepLimits) -> int:
     if limits.smallest <= count <= limits.experts and count % limits.multiple == 0:
         return count
     steps = f" in steps of {limits.multiple} (the router's groups)" if limits.multiple > 1 else ""
-    asked = f"{keep} ({count} experts)" if isinstance(keep, float) else f"{count}"
+    asked = f"{keep} ({count} of {limits.experts})" if isinstance(keep, float) else f"{count}"
     raise CheckpointError(
         f"keep, layer {limits.layer}: must be from {limits.smallest} (what the router's top-k needs) to "
         f"{limits.experts} of {limits.experts} experts{steps}. Got {asked} instead. "

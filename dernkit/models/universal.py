@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from dernkit.api import Block, hookimpl
 from dernkit.errors import CheckpointError
 from dernkit.models.probe import Field, Probe, probe_field
+from dernkit.models.router_kind import router_kind
 from dernkit.types import CompressedLayer, ExpertBank, LayerDims
 
 COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -64,6 +65,10 @@ class UniversalBlock:
             per_expert={name: _tensor(self.module, name) for name in self.per_expert_dims},
             act=self._activation,
         )
+
+    def router_kind(self) -> str:
+        router = self.module.get_submodule(self.router_name.rpartition(".")[0])
+        return router_kind(router, self.dims.hidden)
 
     def tensors(self) -> dict[str, Tensor]:
         experts = {f"{self.experts_path}.{name}": p.data for name, p in self.experts.named_parameters()}

@@ -1,12 +1,14 @@
 """The smallest dernkit plugin: a scorer that measures how much energy an expert adds to the model."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
 import torch
+
 from dernkit.api import ExpertBank, LayerStats, hookimpl
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class OutputEnergy:
     """Mean squared output norm times frequency: the expert's output energy per token of the calibration text."""

@@ -52,7 +52,7 @@ def reap(tokens: Sequence[Sequence[Event]], experts: int) -> Vector:
 def vectors(bank: ExpertBank, expert: int, parts: Sequence[str]) -> list[Vector]:
     names = ["up", "down"] if bank.gate is None else ["gate", "up", "down"]
     rows = bank.segments(expert).double().tolist()
-    return [sum((row[names.index(part)] for part in parts), []) for row in rows]
+    return [[x for part in parts for x in row[names.index(part)]] for row in rows]
 
 
 def affinities(bank: ExpertBank, kept: Sequence[int], parts: Sequence[str]) -> list[Move]:

@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+
 from dernkit import hookspecs
 from dernkit.components import KINDS
 

@@ -108,6 +108,13 @@ def test_a_router_cannot_change_the_bank() -> None:
     assert torch.equal(bank.router, before)
 
 
+def test_router_rows_that_do_not_change_keep_bits_that_float32_lacks() -> None:
+    bank = random_bank(4, 5, 3)
+    bank = replace(bank, router=bank.router.double() / 3)
+    out = compress_layer(bank, plan_for(bank, 0.0), None, Additive(), 5, 0)
+    assert torch.equal(out.router, bank.router[plan_for(bank).kept])
+
+
 def test_moves_need_a_merge() -> None:
     bank = random_bank(4, 5, 3)
     with pytest.raises(RecipeError, match=r"apply\.merge, layer 0, expert 0: must be given"):
@@ -115,7 +122,7 @@ def test_moves_need_a_merge() -> None:
 
 
 def test_a_plan_for_another_model_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="must be made for this model, 4 experts of 6 neurons. Got .* of 5"):
+    with pytest.raises(CheckpointError, match=r"must be made for this model, 4 experts of 6 neurons. Got .* of 5"):
         compress_layer(random_bank(4, 6, 3), plan_for(random_bank(4, 5, 3)), None, Slice(), 5, 0)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from dernkit.recipe import Recipe, bind_recipe, load_recipe
 from dernkit.registry import Registry
+from tests.unit.toy_components import RECIPE, Affinity, Cosine, GateMass, OnSample, Slice, Uniform, toy_registry
 
-from tests.unit.toy_components import Affinity, Cosine, GateMass, OnSample, RECIPE, Slice, Uniform, toy_registry
-
-SHIPPED = sorted(Path("recipes").glob("*.yaml"))
+RECIPES = Path(__file__).parents[2] / "recipes"
+SHIPPED = sorted(RECIPES.glob("*.yaml"))
 
 
 def load(folder: Path, text: str) -> Recipe:
@@ -81,6 +82,7 @@ def test_a_resolved_recipe_writes_every_default_out(tmp_path: Path) -> None:
             "sequences": 128,
             "length": 2048,
             "batch_size": 8,
+            "sample": 16384,
         },
         "plan": {
             "keep": 0.5,
@@ -118,15 +120,15 @@ def builtins() -> Registry:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads_and_says_what_it_is_for(path: Path, builtins: Registry) -> None:
     recipe = load_recipe(path, builtins)
-    assert recipe.calibrate.source.path == Path("recipes/calibration.txt").absolute()
+    assert recipe.calibrate.source.path == RECIPES / "calibration.txt"
     assert bind_recipe(recipe.resolved(), builtins) == recipe
     head = path.read_text().split("dernkit: 1")[0]
     assert all(f"# {word}:" in head for word in ("Purpose", "Run", "Expect"))
-    assert f"dernkit run {path.as_posix()} " in head
+    assert f"dernkit run recipes/{path.name} " in head
 
 
 def test_dern_is_the_published_method(builtins: Registry) -> None:
-    written = load_recipe("recipes/dern.yaml", builtins).resolved()
+    written = load_recipe(RECIPES / "dern.yaml", builtins).resolved()
     assert written["plan"]["score"]["use"] == "gate-mass"
     assert written["plan"]["assign"]["similarity"] == {"use": "cosine", "parts": ["up", "down"]}
     assert written["plan"]["assign"]["threshold"] == 0.6

@@ -4,6 +4,7 @@ import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
@@ -30,6 +31,18 @@ def toy_registry() -> Registry:
     registry = Registry()
     registry.register(sys.modules[__name__], "toys")
     return registry
+
+
+def plugin_of(hook: str, *classes: Any) -> ModuleType:
+    """A plugin that provides these classes through one hook."""
+    module = ModuleType("mine")
+
+    def provide() -> list[Any]:
+        return list(classes)
+
+    provide.__name__ = hook
+    setattr(module, hook, hookimpl(provide))
+    return module
 
 
 def problems(folder: Path, text: str | bytes, *overrides: str) -> list[str]:

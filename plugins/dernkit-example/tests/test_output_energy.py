@@ -1,7 +1,7 @@
 import torch
-from dernkit.api import LayerStats
-
 from dernkit_example import OutputEnergy
+
+from dernkit.api import LayerStats
 
 
 def test_energy_is_the_squared_norm_per_token_and_zero_for_an_expert_that_saw_none() -> None:
