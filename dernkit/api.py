@@ -125,9 +125,7 @@ class Similarity(Protocol):
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
 
-    def match(
-        self, bank: ExpertBank, dropped: int, kept: Int64[Tensor, " kept"], stats: LayerStats
-    ) -> Match: ...
+    def match(self, bank: ExpertBank, dropped: int, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Match: ...
 
 
 @runtime_checkable

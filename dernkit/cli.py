@@ -46,9 +46,7 @@ def main() -> None:
 @main.command()
 @_RECIPE
 @_MODEL
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Run directory; the result is OUT/model."
-)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory; the result is OUT/model.")
 @_SET
 @_TRUST
 def run(recipe: Path, model: str, out: Path, overrides: tuple[str, ...], trust_remote_code: bool) -> None:

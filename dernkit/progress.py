@@ -6,9 +6,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Counts steps of one piece of work."""
 
@@ -17,6 +18,7 @@ class Tracker(Protocol):
         ...
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Opens trackers."""
 

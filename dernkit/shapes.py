@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dernkit.sentences import expected
 
 
+@runtime_checkable
 class Shape(Protocol):
     """The set of values that an option may have."""
 

@@ -1,4 +1,4 @@
-"""Settings of the whole test suite: no network, no progress bars, two threads, quiet transformers."""
+"""Settings of the whole test suite: no network, no progress bars, one thread, quiet transformers."""
 
 import os
 
@@ -16,7 +16,7 @@ import transformers
 
 from dernkit.registry import Registry
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
 

@@ -85,9 +85,7 @@ def _walk(node: dict[str, Any], path: Field) -> Iterator[tuple[Field, Any]]:
             yield (*path, key), value
 
 
-def probe_field(
-    model: Any, value: int, changed: Callable[[nn.Module, nn.Module], bool], what: str
-) -> Probe:
+def probe_field(model: Any, value: int, changed: Callable[[nn.Module, nn.Module], bool], what: str) -> Probe:
     """Find the config field with ``value`` whose doubling makes ``changed(model, doubled)`` true, and what follows it.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dernkit.errors import CheckpointError
 
 
+@runtime_checkable
 class Loader(Protocol):
     """Makes a decoder layer's parameters real and drops them again; a live model's loader does nothing."""
 

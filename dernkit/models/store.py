@@ -51,6 +51,7 @@ class Store:
         self.checkpoint = checkpoint
         self.target = _targets(model, checkpoint)
         self._refuse_disagreement()
+        self._dtype_plan = {} if keep_dtypes else model._get_dtype_plan(model.dtype)
         if keep_dtypes:
             self._adopt_dtypes()
         self._conversions = model._weight_conversions
@@ -112,10 +113,9 @@ class Store:
         return names
 
     def _load(self, keys: list[str], what: str) -> None:
-        model = self.model
-        dtype = model.dtype
+        load_config = _load_config(self.model, "cpu", self._dtype_plan)
         with self.checkpoint.slices(keys) as slices, quiet_transformers():
-            info, _ = convert_and_load_state_dict_in_model(model, slices, _load_config(model, dtype, "cpu"))
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, load_config)
         problems = [*info.mismatched_keys, *info.unexpected_keys, *info.conversion_errors.values()]
         if problems:
             raise CheckpointError(
@@ -147,7 +147,7 @@ class Store:
             empty[name] = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device="meta")
         buffers = {name: buffer for name, buffer in model.named_buffers()}
         with quiet_transformers():
-            info, _ = convert_and_load_state_dict_in_model(model, empty, _load_config(model, model.dtype, "meta"))
+            info, _ = convert_and_load_state_dict_in_model(model, empty, _load_config(model, "meta", {}))
         for name, buffer in buffers.items():
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._buffers[leaf] = buffer
@@ -179,12 +179,12 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _load_config(model: Any, dtype: torch.dtype, device: str) -> LoadStateDictConfig:
+def _load_config(model: Any, device: str, dtype_plan: dict[str, torch.dtype]) -> LoadStateDictConfig:
     return LoadStateDictConfig(
         weight_mapping=get_model_conversion_mapping(model),
         device_map={"": device},
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),
+        dtype=model.dtype,
+        dtype_plan=dtype_plan,
     )
 
 

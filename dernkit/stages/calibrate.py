@@ -105,15 +105,11 @@ class Collector:
                 "calibration: a decoder layer must have one MoE block. Got a layer with several instead."
             )
         self._accumulators = {
-            block.layer: Accumulator(
-                block.dims, requires, sample_size=sample_size, seed=seed, first_token=first_token
-            )
+            block.layer: Accumulator(block.dims, requires, sample_size=sample_size, seed=seed, first_token=first_token)
             for block in blocks
         }
 
-    def run(
-        self, stack: Stack, batches: Sequence[Tensor], loader: Loader, progress: Progress
-    ) -> dict[int, LayerStats]:
+    def run(self, stack: Stack, batches: Sequence[Tensor], loader: Loader, progress: Progress) -> dict[int, LayerStats]:
         """Replay all batches and return the statistics by decoder layer."""
         count = len(stack.layers)
         with progress.track("calibrate", count * sum(batch.numel() for batch in batches), "tokens") as tracker:

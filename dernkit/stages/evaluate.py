@@ -24,9 +24,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> object:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; each means that there is no usable tokenizer
         reason = str(error).strip().splitlines()[0][:200]
-        raise CheckpointError(
-            f"{path}: must hold a tokenizer that transformers can load. Got: {reason}"
-        ) from None
+        raise CheckpointError(f"{path}: must hold a tokenizer that transformers can load. Got: {reason}") from None
 
 
 def load_subject(path: Path, *, trust_remote_code: bool = False) -> Subject:

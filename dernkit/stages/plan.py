@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,7 @@ from dernkit.types import Assignment, LayerPlan, LayerStats
 _MOVES = ("source", "target", "partner", "affinity")
 
 
+@runtime_checkable
 class Decisions(Protocol):
     """The plan section of a recipe."""
 
@@ -36,6 +37,7 @@ class Decisions(Protocol):
     def assigner(self) -> Assigner | None: ...
 
 
+@runtime_checkable
 class _Weights(Protocol):
     def load(self, prefix: str) -> Any: ...
     def unload(self, prefix: str) -> Any: ...

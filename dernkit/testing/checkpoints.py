@@ -44,7 +44,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {**_ATTENTION, "num_experts": 8, "intermediate_size": 24}),
     "deepseek_v2": (
         "DeepseekV2",
-        {**_LATENT_ATTENTION, "topk_method": "greedy", "n_group": None, "topk_group": None, "routed_scaling_factor": 1.5},
+        {**_LATENT_ATTENTION, "topk_method": "greedy", "n_group": None, "routed_scaling_factor": 1.5},
     ),
     "deepseek_v2_groups": (
         "DeepseekV2",

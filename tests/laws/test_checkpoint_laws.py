@@ -120,9 +120,7 @@ def test_expert_bytes_fall_by_the_ratio_asked_for(
 ):
     folder, out = make(family, layout), tmp_path / "out"
     run(folder, out, recipe(registry, keep=kept, assign={**DERN, "quantile": 0.5}), tokens(4, 16))
-    sizes = [
-        sum(t.numel() for name, t in tensors(place).items() if ".experts." in name) for place in (folder, out)
-    ]
+    sizes = [sum(t.numel() for name, t in tensors(place).items() if ".experts." in name) for place in (folder, out)]
     assert sizes[1] * 8 == sizes[0] * kept
 
 
