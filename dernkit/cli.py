@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dernkit.errors import DernkitError
+from dernkit.errors import CheckpointError, DernkitError, RecipeError
 
 if TYPE_CHECKING:
     from dernkit.registry import Registry
@@ -35,6 +35,10 @@ class _Commands(click.Group):
         except DernkitError as error:
             click.echo(str(error), err=True)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            goes_on = "; the same command goes on where it was" if ctx.invoked_subcommand == "run" else ""
+            click.echo(f"interrupted{goes_on}", err=True)
+            sys.exit(130)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -170,6 +174,8 @@ def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_
     from dernkit.stages.evaluate import evaluate as measure
 
     bound = load_recipe(recipe, registry, overrides)
+    if not bound.evaluators:
+        raise RecipeError(f"{recipe}: evaluate: must list at least one evaluator. Got none instead.")
     results = measure(
         resolve(model), bound.evaluators, for_terminal(), what="model", trust_remote_code=trust_remote_code
     )
@@ -180,8 +186,6 @@ def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_
 @click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
 def report(run_directory: Path) -> None:
     """Print the report of a finished run."""
-    from dernkit.errors import CheckpointError
-
     files = sorted(run_directory.glob("report.*"))
     if not files:
         raise CheckpointError(

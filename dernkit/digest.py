@@ -27,6 +27,11 @@ def content_digests(component: Any) -> list[str]:
     return [file_digest(file) for path in _paths(component) for file in _files(path)]
 
 
+def missing_paths(component: Any) -> list[Path]:
+    """What a component's path options name, nested components included, and is not there."""
+    return [path for path in _paths(component) if not path.exists()]
+
+
 def _paths(value: Any) -> Iterator[Path]:
     if isinstance(value, Path):
         yield value

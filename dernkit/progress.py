@@ -69,7 +69,7 @@ class _LineTracker:
             left = (self._total - self._done) / rate if rate else 0.0
             note = f", {note}" if note else ""
             print(
-                f"{self._what}: {self._done:,}/{self._total:,} {self._unit}{note}, {rate:,.0f} {self._unit}/s, "
+                f"{self._what}: {self._done:,}/{self._total:,} {self._unit}{note}, {_rate(rate, self._unit)}, "
                 f"{left:.0f} s left",
                 file=sys.stderr,
             )
@@ -77,6 +77,10 @@ class _LineTracker:
     def close(self) -> None:
         seconds = time.monotonic() - self._start
         print(f"{self._what}: {self._done:,} {self._unit} in {seconds:.1f} s", file=sys.stderr)
+
+
+def _rate(rate: float, unit: str) -> str:
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
 
 
 class Bars:
@@ -109,7 +113,7 @@ class _BarTracker:
         self._progress.update(self._task, advance=steps, note=note)  # type: ignore[attr-defined]
         speed = self._progress.tasks[0].speed  # type: ignore[attr-defined]
         if speed:
-            self._progress.update(self._task, rate=f"{speed:,.0f} {self._unit}/s")  # type: ignore[attr-defined]
+            self._progress.update(self._task, rate=_rate(speed, self._unit))  # type: ignore[attr-defined]
 
 
 def for_terminal() -> Progress:

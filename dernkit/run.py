@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,24 +13,38 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from dernkit import card
-from dernkit.digest import content_digests, digest, file_digest
-from dernkit.errors import CheckpointError, RecipeError
+from dernkit.artifacts import (
+    exclusive,
+    fresh,
+    json_key,
+    publish,
+    read_json,
+    refuse_broken,
+    replace_folder,
+    restore,
+    safetensors_key,
+    whole,
+)
+from dernkit.digest import content_digests, digest, file_digest, missing_paths
+from dernkit.errors import CheckpointError, DernkitError, RecipeError
 from dernkit.gather import gather
 from dernkit.memory import measured
 from dernkit.models.source import SourceModel, open_source
 from dernkit.progress import Progress
 from dernkit.recipe import Recipe
 from dernkit.registry import Registry
+from dernkit.sentences import reason
 from dernkit.stages import apply, calibrate, evaluate, plan
 from dernkit.types import LayerStats
 
-LOCK, STATS, PLAN, MODEL, EVAL, RECORD = (
+LOCK, STATS, PLAN, MOVES, MODEL, EVAL, RECORD = (
     "recipe.lock.yaml",
     "stats.safetensors",
     "plan.json",
+    "plan.safetensors",
     "model",
     "eval.json",
     "run.json",
@@ -69,10 +82,10 @@ class Run:
             DernkitError: with one sentence; what earlier stages made stays, no half output does.
         """
         self._check_out()
+        self._check_files()
         source = open_source(self.path, self._adapters(), trust_remote_code=self.trust_remote_code)
         plan.check_keep(source, self.recipe.plan)
-        self.out.mkdir(parents=True, exist_ok=True)
-        with _exclusive(self.out / _LOCK_FILE):
+        with self._directory():
             fingerprint = source.fingerprint()
             self._write_lock(fingerprint)
             stats = self._calibrate(source, fingerprint)
@@ -82,6 +95,35 @@ class Run:
             report = self._report()
             shutil.rmtree(self.out / _PARTIAL, ignore_errors=True)
             return report
+
+    @contextmanager
+    def _directory(self) -> Iterator[None]:
+        """The run directory, made and locked; made for nothing (no stage came to its end), it goes again."""
+        made = not self.out.exists()
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with exclusive(self.out / _LOCK_FILE):
+                try:
+                    restore(self.out / _PARTIAL / MODEL, self.out / MODEL)
+                    yield
+                except (DernkitError, OSError, SafetensorError):
+                    if made and not (self.out / RECORD).exists():
+                        self._remove()
+                    raise
+        except (OSError, SafetensorError) as error:
+            where = getattr(error, "filename", None) or self.out
+            raise CheckpointError(
+                f"{where}: must be readable and writable while a run lasts. "
+                f"Got '{getattr(error, 'strerror', None) or reason(error)}' instead. "
+                f"Once that is mended, the same command goes on where it was."
+            ) from error
+
+    def _remove(self) -> None:
+        for name in (LOCK, _LOCK_FILE):
+            (self.out / name).unlink(missing_ok=True)
+        shutil.rmtree(self.out / _PARTIAL, ignore_errors=True)
+        with suppress(OSError):  # somebody has put something else there
+            self.out.rmdir()
 
     def _adapters(self) -> list[Any]:
         return [component.cls() for component in self.registry.components("adapter")]
@@ -93,6 +135,11 @@ class Run:
                 f"--out: must lie outside the model's directory. Got '{self.out}', which is inside '{self.path}', "
                 f"instead. Choose another directory."
             )
+        if out in path.parents:
+            raise CheckpointError(
+                f"--out: must not hold the model that is read. Got '{self.out}' for '{self.path}' instead. "
+                f"Choose another directory."
+            )
         if out.exists() and not out.is_dir():
             raise CheckpointError(f"--out: must be a directory. Got the file '{self.out}' instead.")
         if out.is_dir() and any(out.iterdir()) and not (out / LOCK).exists() and not (out / _LOCK_FILE).exists():
@@ -100,6 +147,18 @@ class Run:
                 f"--out: must be empty, new, or an earlier run. Got '{self.out}', which holds other files, instead. "
                 f"Choose another directory."
             )
+
+    def _check_files(self) -> None:
+        """Files that the recipe names are there before anything expensive starts."""
+        reads: list[tuple[str, Any]] = [(f"evaluate.{i}", part) for i, part in enumerate(self.recipe.evaluators)]
+        if self.recipe.calibrate is not None and self.recipe.requires:
+            reads.append(("calibrate.source", self.recipe.calibrate.source))
+        for where, component in reads:
+            for path in missing_paths(component):
+                raise RecipeError(
+                    f"{where}: {path} must exist. Got a path where nothing is instead. "
+                    f"Correct the recipe, or override it with --set."
+                )
 
     def _write_lock(self, fingerprint: str) -> None:
         resolved = self.recipe.resolved()
@@ -114,8 +173,7 @@ class Run:
             "versions": {name: metadata.version(name) for name in _VERSIONED},
         }
         text = yaml.safe_dump(lock, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
-        with self._renamed(LOCK) as file:
-            file.write_text(text, encoding="utf-8")
+        self._write(LOCK, text)
 
     def components(self) -> list[Any]:
         """Registered components of everything that the recipe uses, nested ones included, by kind and name."""
@@ -161,6 +219,7 @@ class Run:
             tokenizer = evaluate.load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
             rng = torch.Generator().manual_seed(self.recipe.seed)
             tokens = spec.source.tokens(tokenizer, spec.sequences, spec.length, rng)
+            calibrate.check_vocabulary(source, tokens)
             stats = calibrate.calibrate_checkpoint(
                 source,
                 calibrate.batched(tokens, spec.batch_size),
@@ -172,7 +231,7 @@ class Run:
             with self._renamed(STATS) as file:
                 calibrate.save_stats(stats, file, {"key": key})
 
-        self._stage("calibrate", _safetensors_key(self.out / STATS) == key, work)
+        self._stage("calibrate", safetensors_key(self.out / STATS) == key, work)
         return calibrate.load_stats(self.out / STATS)
 
     def _plan(self, source: SourceModel, stats: dict[int, LayerStats], fingerprint: str) -> None:
@@ -194,18 +253,20 @@ class Run:
                 "components": [c.provenance.origin for c in self.components()],
             }
             folder = self.out / _PARTIAL / "plan"
-            _fresh(folder)
+            fresh(folder)
             plan.save_plan(plans, folder, header, stats)
-            _publish(folder / "plan.safetensors", self.out / "plan.safetensors")
-            _publish(folder / PLAN, self.out / PLAN)
+            publish(folder / MOVES, self.out / MOVES)
+            publish(folder / PLAN, self.out / PLAN)
 
-        self._stage("plan", _json_key(self.out / PLAN) == key and (self.out / "plan.safetensors").exists(), work)
+        refuse_broken(self.out / PLAN)
+        keys = {json_key(self.out / PLAN), safetensors_key(self.out / MOVES)}
+        self._stage("plan", keys == {key}, work)
 
     def _apply_key(self, fingerprint: str) -> str:
         return digest(
             self.recipe.resolved()["apply"],
             file_digest(self.out / PLAN),
-            file_digest(self.out / "plan.safetensors"),
+            file_digest(self.out / MOVES),
             self.recipe.seed,
             fingerprint,
             self._versions("merge", "router", "adapter"),
@@ -216,7 +277,8 @@ class Run:
 
         def work() -> None:
             folder = self.out / _PARTIAL / MODEL
-            folder.mkdir(parents=True, exist_ok=True)
+            if not apply.began(folder, key):
+                fresh(folder)
             plans = plan.load_plan(self.out)
             apply.apply_checkpoint(
                 source,
@@ -231,9 +293,9 @@ class Run:
             (folder / "README.md").write_text(card.render(self.model, self.recipe, plans), encoding="utf-8")
             made_from = {"key": key, "source": fingerprint}
             (folder / "dernkit.json").write_text(json.dumps(made_from) + "\n", encoding="utf-8")
-            _replace_folder(folder, self.out / MODEL)
+            replace_folder(folder, self.out / MODEL)
 
-        self._stage("apply", _json_key(self.out / MODEL / "dernkit.json") == key, work)
+        self._stage("apply", json_key(self.out / MODEL / "dernkit.json") == key and whole(self.out / MODEL), work)
 
     def _evaluate(self, fingerprint: str) -> None:
         evaluators = self.recipe.evaluators
@@ -251,16 +313,14 @@ class Run:
                 )
                 for name, path in (("before", self.path), ("after", self.out / MODEL))
             }
-            with self._renamed(EVAL) as file:
-                file.write_text(json.dumps({"key": key, **results}, indent=1) + "\n", encoding="utf-8")
+            self._write(EVAL, json.dumps({"key": key, **results}, indent=1) + "\n")
 
-        self._stage("evaluate", not evaluators or _json_key(self.out / EVAL) == key, work)
+        self._stage("evaluate", not evaluators or json_key(self.out / EVAL) == key, work)
 
     def _report(self) -> Path:
         report = self.recipe.report
         facts = gather(self.out, self.path, self.model, self._adapters(), self.recipe, self.trust_remote_code)
-        with self._renamed(report.filename) as file:
-            file.write_text(report.render(facts), encoding="utf-8")
+        self._write(report.filename, report.render(facts))
         return self.out / report.filename
 
     def _stage(self, name: str, done: bool, work: Callable[[], None]) -> None:
@@ -269,11 +329,15 @@ class Run:
         (self.out / _PARTIAL).mkdir(exist_ok=True)
         with measured() as cost:
             work()
-        file = self.out / RECORD
-        record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"stages": {}}
-        record["stages"][name] = asdict(cost)
-        with self._renamed(RECORD) as new:
-            new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        stages = read_json(self.out / RECORD).get("stages", {}) | {name: asdict(cost)}
+        self._write(RECORD, json.dumps({"stages": stages}, indent=1) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """A text file, replaced as a whole; one that has this text already is left alone."""
+        place = self.out / name
+        if not place.exists() or place.read_bytes() != text.encode():
+            with self._renamed(name) as file:
+                file.write_text(text, encoding="utf-8")
 
     @contextmanager
     def _renamed(self, name: str) -> Iterator[Path]:
@@ -281,56 +345,4 @@ class Run:
         temporary = self.out / _PARTIAL / name
         temporary.parent.mkdir(exist_ok=True)
         yield temporary
-        _publish(temporary, self.out / name)
-
-
-@contextmanager
-def _exclusive(file: Path) -> Iterator[None]:
-    """Refuse a second run in the same directory."""
-    import fcntl
-
-    with file.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RecipeError(
-                f"--out: one run at a time may write '{file.parent}'. Got a second one instead. Wait for the first."
-            ) from None
-        yield
-
-
-def _publish(file: Path, place: Path) -> None:
-    """Rename a finished file into place, readable as the umask says (safetensors writes 0600)."""
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)
-    os.replace(file, place)
-
-
-def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _replace_folder(new: Path, place: Path) -> None:
-    old = new.with_name(new.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.replace(place, old)
-    os.replace(new, place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _json_key(file: Path) -> str | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("key")
-    except (OSError, ValueError):
-        return None
-
-
-def _safetensors_key(file: Path) -> str | None:
-    try:
-        with safe_open(file, "pt") as stored:
-            return (stored.metadata() or {}).get("key")
-    except (OSError, SafetensorError):
-        return None
+        publish(temporary, self.out / name)

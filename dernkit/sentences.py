@@ -25,6 +25,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def reason(error: BaseException) -> str:
+    """What an error of another library says, on one line and shortened."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:237]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``Did you mean 'reap'?``, or nothing when no known word is near."""
     near = difflib.get_close_matches(name, sorted(known), n=1)

@@ -1,4 +1,4 @@
-"""Measurements of a model: perplexity on text files by the model's own loss, and lm-eval's tasks."""
+"""Measurements of a model: perplexity on text files, and lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Annotated, Any, ClassVar, final
 
 import torch
 from annotated_types import Interval
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from dernkit.api import RecipeError, Subject, hookimpl
+from dernkit.api import CheckpointError, RecipeError, Subject, hookimpl
 
 
 @final
@@ -45,12 +46,12 @@ class Perplexity:
             losses.append(loss)
             results |= {
                 f"{file.stem}/loss": loss,
-                f"{file.stem}/perplexity": math.exp(loss),
+                f"{file.stem}/perplexity": _exp(loss),
                 f"{file.stem}/bits_per_byte": loss * tokens / math.log(2) / len(text.encode()),
                 f"{file.stem}/tokens": tokens,
             }
         mean = sum(losses) / len(losses)
-        return results | {"mean/loss": mean, "mean/perplexity": math.exp(mean)}
+        return results | {"mean/loss": mean, "mean/perplexity": _exp(mean)}
 
     def _files(self) -> list[Path]:
         files = sorted(self.path.glob("*.txt")) if self.path.is_dir() else [self.path]
@@ -64,14 +65,22 @@ class Perplexity:
     def _loss(self, subject: Subject, text: str, file: Path) -> tuple[float, int]:
         ids = torch.tensor(subject.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
         if len(ids) < 2:
-            raise RecipeError(f"perplexity.path: texts must have at least 2 tokens. Got {len(ids)} in '{file}'.")
+            raise RecipeError(
+                f"perplexity.path: texts must have at least 2 tokens. Got {len(ids)} in '{file}' instead."
+            )
+        rows = subject.model.get_input_embeddings().num_embeddings
+        if int(ids.max()) >= rows:
+            raise CheckpointError(
+                f"{subject.path}: the tokenizer must give tokens below {rows}, the model's vocabulary. "
+                f"Got {int(ids.max())} instead. Take model and tokenizer from the same download."
+            )
         total, count = 0.0, 0
         for inputs, labels in self._batches(ids):
-            scored = int((labels[:, 1:] != -100).sum())
             with torch.no_grad():
-                loss = subject.model(input_ids=inputs, labels=labels, use_cache=False).loss
-            total += float(loss) * scored
-            count += scored
+                logits = subject.model(input_ids=inputs, use_cache=False).logits
+            # Not the model's own loss: some families add their load-balancing loss to it.
+            total += sum(map(_nats, logits, labels))
+            count += int((labels[:, 1:] != -100).sum())
         return total / count, count
 
     def _batches(self, ids: Int64[Tensor, " tokens"]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -94,6 +103,16 @@ class Perplexity:
             for size in sorted({len(window) for window, _ in chunk}, reverse=True):
                 same = [pair for pair in chunk if len(pair[0]) == size]
                 yield torch.stack([window for window, _ in same]), torch.stack([labels for _, labels in same])
+
+
+def _nats(logits: Float[Tensor, "tokens vocabulary"], labels: Int64[Tensor, " tokens"]) -> float:
+    """Summed loss of one window."""
+    losses = cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="none")
+    return float(losses.double().sum())
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _read(file: Path) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dernkit.errors import CheckpointError
+from dernkit.sentences import reason
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -79,8 +81,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Read all headers below ``path`` and check that index, shards and sizes agree.
 
     Raises:
-        CheckpointError: no safetensors; a shard that is missing, truncated or damaged; a tensor that two shards hold or
-            that the index promises and no shard holds.
+        CheckpointError: no safetensors; a shard that is missing, truncated or damaged; a tensor that two shards hold,
+            that the index promises and no shard holds, or of a dtype that is not read.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: must be a directory with config.json and *.safetensors. Got no such directory.")
@@ -97,6 +99,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                     f"{shard} instead. Remove one of them."
                 )
             tensors[name] = entry
+    _refuse_dtypes(path, tensors)
     if weight_map is not None:
         _check_index(path, weight_map, tensors)
     return Checkpoint(path, shards, tensors, metadata, weight_map is not None)
@@ -108,16 +111,33 @@ def _read_index(path: Path) -> dict[str, str] | None:
         return None
     try:
         weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        shards = {str(name): str(shard) for name, shard in weight_map.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"{file}: must be JSON with a 'weight_map' of tensor to shard. Got {error!r} instead. Download it again."
+            f"{file}: must be JSON with a 'weight_map' of tensor to shard. Got '{reason(error)}' instead. "
+            f"Download it again."
         ) from None
+    _refuse_shards(path, set(shards.values()))
+    return shards
+
+
+def _refuse_shards(path: Path, shards: Iterable[str]) -> None:
+    """Names that would lead out of the directory, here and in the result, and a second checkpoint beside the first."""
+    for shard in sorted(shards):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path / INDEX}: shards must be *.safetensors files beside it. Got '{shard}' instead. "
+                f"Download the index again."
+            )
+    if SINGLE not in shards and (path / SINGLE).exists():
+        raise CheckpointError(
+            f"{path}: must hold one checkpoint. Got {SINGLE} and an index of other shards instead. Remove one of them."
+        )
 
 
 def _unindexed(path: Path) -> tuple[str, ...]:
     found = sorted(file.name for file in path.glob("*.safetensors"))
-    if found == [SINGLE]:
+    if SINGLE in found:
         return (SINGLE,)
     if found:
         raise CheckpointError(
@@ -141,24 +161,40 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], Mapping[str, str]]:
             if length > size - 8:
                 raise CheckpointError(_truncated(file, length + 8, size))
             header = json.loads(stream.read(length))
+        metadata = header.pop("__metadata__", {})
+        entries = _entries(file.name, header, base=8 + length)
+        expected = max((entry.end for entry in entries.values()), default=8 + length)
+        if size != expected:
+            raise CheckpointError(_truncated(file, expected, size))
+        with safe_open(file, "pt"):  # safetensors' own checks: no holes, no overlaps, bytes that fit the shape
+            return entries, metadata
     except FileNotFoundError:
         raise CheckpointError(
             f"{file}: must exist, the index names it. Got no such file instead. Download the shard."
         ) from None
-    except ValueError:
+    except OSError as error:
+        raise CheckpointError(f"{file}: must be a file that can be read. Got '{error.strerror}' instead.") from None
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError):
         raise CheckpointError(
             f"{file}: must be a safetensors file. Got a damaged header instead. Download it again."
         ) from None
-    metadata = header.pop("__metadata__", {})
-    base = 8 + length
+
+
+def _entries(shard: str, header: Mapping[str, Any], base: int) -> dict[str, TensorEntry]:
     entries = {}
-    for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"][0]):
+    for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
         start, end = item["data_offsets"]
-        entries[name] = TensorEntry(file.name, item["dtype"], tuple(item["shape"]), base + start, base + end)
-    expected = max((entry.end for entry in entries.values()), default=base)
-    if size != expected:
-        raise CheckpointError(_truncated(file, expected, size))
-    return entries, metadata
+        entries[name] = TensorEntry(shard, item["dtype"], tuple(item["shape"]), base + start, base + end)
+    return entries
+
+
+def _refuse_dtypes(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
+    for name, entry in tensors.items():
+        if entry.dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"{path}: tensors must be {', '.join(TORCH_DTYPES)}. Got {entry.dtype} in '{name}' instead. "
+                f"Quantised checkpoints are not read yet: dequantise to bf16 first."
+            )
 
 
 def _truncated(file: Path, expected: int, size: int) -> str:

@@ -55,7 +55,7 @@ def verify(folder: Path, source: SourceModel, experts: int) -> SourceModel:
     Raises:
         CheckpointError: they do not (nothing is published then).
     """
-    result = open_source(folder, source.adapters)
+    result = open_source(folder, source.adapters, trust_remote_code=source.trust_remote_code)
     _, blocks = result.open()
     counts = {block.dims.experts for block in blocks}
     if counts != {experts}:

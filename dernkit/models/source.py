@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from dernkit.api import Adapter, Block
 from dernkit.errors import CheckpointError
 from dernkit.models.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
 from dernkit.models.probe import build_on_meta
 from dernkit.models.store import Store, quiet_transformers
+from dernkit.sentences import did_you_mean, reason, shown
 
 _COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -33,6 +35,7 @@ class SourceModel:
     checkpoint: Checkpoint
     model_class: type[nn.Module]
     adapters: Sequence[Adapter]
+    trust_remote_code: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,9 +78,8 @@ def resolve(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
         raise CheckpointError(
-            f"--model: must be a directory or a hub id that can be reached. Got '{model}' instead ({reason})."
+            f"--model: must be a directory or a hub id that can be reached. Got '{model}' instead ({reason(error)})"
         ) from None
 
 
@@ -89,20 +91,61 @@ def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: b
     """
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: must hold config.json. Got none instead. Give the directory of a checkpoint.")
+    _check_model_type(path, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; each means that the config is not understood
-        reason = str(error).strip().splitlines()[0][:200]
-        raise CheckpointError(
-            f"{path / 'config.json'}: must describe a model that transformers {transformers.__version__} knows. "
-            f"Got: {reason}"
-        ) from None
+        raise _not_understood(path, error) from None
     _refuse_quantised(path, config)
-    model_class = _model_class(config, trust_remote_code)
-    source = SourceModel(path, config, open_checkpoint(path), model_class, tuple(adapters))
+    source = SourceModel(
+        path, config, open_checkpoint(path), _model_class(config, trust_remote_code), tuple(adapters), trust_remote_code
+    )
     with quiet_transformers():
-        find_blocks(build_on_meta(model_class, config), source.adapters)
+        try:
+            model = build_on_meta(source.model_class, config, source.dtype)
+        except Exception as error:  # and here: each means that the fields do not fit together
+            raise _not_understood(path, error) from None
+        for block in find_blocks(model, source.adapters):
+            _check_routing(path, block)
     return source
+
+
+def _check_model_type(path: Path, trust_remote_code: bool) -> None:
+    """Say what transformers would say in a page, or ask at a prompt."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: must be JSON. Got '{reason(error)}' instead. Download it again.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: must be a JSON object. Got {shown(config)} instead. Download it again.")
+    name = config.get("model_type")
+    if not isinstance(name, str) or name in CONFIG_MAPPING or (config.get("auto_map") and trust_remote_code):
+        return
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{path}: must be of a model type that transformers has. Got '{name}', whose code comes with the model, "
+            f"instead. Read that code, then let it run with --trust-remote-code."
+        )
+    raise CheckpointError(
+        f"{file}: must have a 'model_type' that transformers {transformers.__version__} knows. Got '{name}' instead. "
+        f"{did_you_mean(name, CONFIG_MAPPING.keys()) or 'A newer transformers may know it.'}"
+    )
+
+
+def _not_understood(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path / 'config.json'}: must describe a model that transformers {transformers.__version__} can build. "
+        f"Got '{reason(error)}' instead."
+    )
+
+
+def _check_routing(path: Path, block: Block) -> None:
+    if block.dims.top_k > block.dims.experts:
+        raise CheckpointError(
+            f"{path / 'config.json'}: a token must use at most all {block.dims.experts} experts. "
+            f"Got a top-k of {block.dims.top_k} instead. Download it again."
+        )
 
 
 def _refuse_quantised(path: Path, config: Any) -> None:
@@ -124,7 +167,12 @@ def _model_class(config: Any, trust_remote_code: bool) -> type[nn.Module]:
     if trust_remote_code and names and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        return get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], config._name_or_path)
+        try:
+            return get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], config._name_or_path)
+        except Exception as error:  # code of strangers
+            raise CheckpointError(
+                f"{config._name_or_path}: the code that comes with the model must run. Got '{reason(error)}' instead."
+            ) from error
     raise CheckpointError(
         f"config.json: 'architectures' must name a model class of transformers. Got {names or 'none'} instead. "
         f"A model with its own code needs --trust-remote-code."
@@ -145,14 +193,21 @@ def find_blocks(model: Any, adapters: Sequence[Adapter]) -> list[Block]:
             f"{model.config.model_type}: one adapter must claim the model. Got {', '.join(sorted(claims))} instead. "
             f"Uninstall one of the plugins."
         )
-    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    if any((getattr(text, name, 0) or 0) > 1 for name in _COUNT_NAMES):
+    if _counts_experts(model.config.to_dict()):
         raise CheckpointError(
             f"{model.config.model_type}: experts must be declared by transformers' experts interface. "
             f"Got a class that does not declare them instead. This family needs an adapter plugin."
         )
     raise CheckpointError(
         f"{model.config.model_type}: must be a Mixture-of-Experts model. Got a model without routed experts instead."
+    )
+
+
+def _counts_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a field that is known to count experts, nested ones included, says more than one."""
+    return any(
+        _counts_experts(value) if isinstance(value, dict) else name in _COUNT_NAMES and type(value) is int and value > 1
+        for name, value in config.items()
     )
 
 

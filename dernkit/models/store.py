@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -128,23 +129,43 @@ class Store:
         for name in sorted(names & tensors.keys()):
             tensor = tensors[name]
             if tensor.is_floating_point() and not tensor.is_meta and not _finite(tensor):
-                bad = next((key for key in self.keys([name]) if not _finite(self.checkpoint.read(key))), name)
+                keys = self.keys([name])
                 raise CheckpointError(
-                    f"{self.checkpoint.path}: weights must be finite. Got NaN or infinity in '{bad}' instead. "
-                    f"Download {self.checkpoint.tensors[bad].shard} again."
+                    self._not_finite(next((key for key in keys if not self._is_finite(key)), keys[0]))
                 )
+
+    def refuse_non_finite_on_disk(self, keys: Iterable[str]) -> None:
+        """Read the parameters among the tensors ``keys`` once, to check them.
+
+        Raises:
+            CheckpointError: one of them holds NaN or infinity.
+        """
+        parameters = {name for name, _ in self.model.named_parameters()}
+        for key in keys:
+            if self.target.get(key) in parameters and not self._is_finite(key):
+                raise CheckpointError(self._not_finite(key))
+
+    def _is_finite(self, key: str) -> bool:
+        return _finite(self.checkpoint.read(key))
+
+    def _not_finite(self, key: str) -> str:
+        if self._is_finite(key):
+            return (
+                f"{self.checkpoint.path}: weights must be finite in {self.model.dtype}, the dtype of config.json. "
+                f"Got larger numbers in '{key}' instead. Correct 'dtype' there."
+            )
+        return (
+            f"{self.checkpoint.path}: weights must be finite. Got NaN or infinity in '{key}' instead. "
+            f"Download {self.checkpoint.tensors[key].shard} again."
+        )
 
     def _refuse_disagreement(self) -> None:
         """Config and checkpoint must agree on every name and shape; checked on the meta device, no byte is read."""
         checkpoint, model = self.checkpoint, self.model
-        empty = {}
-        for name, entry in checkpoint.tensors.items():
-            if entry.dtype not in TORCH_DTYPES:
-                raise CheckpointError(
-                    f"{checkpoint.path}: tensors must be {', '.join(TORCH_DTYPES)}. Got {entry.dtype} in '{name}' "
-                    f"instead. Quantised checkpoints are not read yet: dequantise to bf16 first."
-                )
-            empty[name] = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device="meta")
+        empty = {
+            name: torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device="meta")
+            for name, entry in checkpoint.tensors.items()
+        }
         buffers = {name: buffer for name, buffer in model.named_buffers()}
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(model, empty, _load_config(model, "meta", {}))
@@ -156,9 +177,14 @@ class Store:
     def _report(self, info: Any) -> None:
         where = f"{self.checkpoint.path}: the checkpoint must fit config.json."
         for name, found, expected in sorted(info.mismatched_keys):
-            raise CheckpointError(f"{where} Got shape {tuple(found)} for '{name}', not {tuple(expected)}.")
-        for name, message in info.conversion_errors.items():
-            raise CheckpointError(f"{where} Got tensors that do not fit together for '{name}': {message[:200]}")
+            raise CheckpointError(
+                f"{where} Got shape {list(found)} for '{name}', not {list(expected)}, instead. "
+                f"Take both from the same download."
+            )
+        for name in info.conversion_errors:
+            missing = _missing_expert(self.keys([name]))
+            what = f"no tensor '{missing}'" if missing else f"tensors that do not fit together for '{name}'"
+            raise CheckpointError(f"{where} Got {what} instead. Download the checkpoint again.")
         tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
         missing = sorted(info.missing_keys - tied)
         if missing:
@@ -177,6 +203,17 @@ class Store:
 
 def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
+
+
+def _missing_expert(keys: Iterable[str]) -> str | None:
+    """The first tensor that some experts have among ``keys`` and one expert lacks."""
+    parts = [match.groups() for key in keys if (match := re.fullmatch(r"(.*\.)(\d+)(\..*)", key))]
+    numbers = range(max((int(number) for _, number, _ in parts), default=-1) + 1)
+    for prefix, suffix in sorted({(prefix, suffix) for prefix, _, suffix in parts}):
+        for number in numbers:
+            if (prefix, str(number), suffix) not in parts:
+                return f"{prefix}{number}{suffix}"
+    return None
 
 
 def _load_config(model: Any, device: str, dtype_plan: dict[str, torch.dtype]) -> LoadStateDictConfig:

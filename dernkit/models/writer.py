@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from dernkit.errors import CheckpointError
 from dernkit.models.checkpoint import INDEX, SAFETENSORS_DTYPES, Checkpoint, TensorEntry, read_header
 
 _CHUNK = 16 * 2**20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,13 @@ class Output:
 
 
 class ShardWriter:
-    """Writes a checkpoint below ``folder``; call `put` for every replaced tensor, then `finish`.
+    """Writes a checkpoint below ``folder``: `allocate`, `put` every replaced tensor, `copy_untouched`, `finish`.
+
+    ``resumed`` says that all files of a killed run are there with the right layout; `allocate` then leaves them.
 
     Args:
         source: the checkpoint whose layout is followed.
-        folder: an existing directory; files of a killed run that have the right layout are gone on with.
+        folder: an existing directory.
         replaced: name -> meta tensor with the new shape and dtype.
         removed: names to leave out.
     """
@@ -50,9 +53,33 @@ class ShardWriter:
         for shard in source.shards:
             self._lay_out(shard, replaced, removed)
         self.resumed = all(self._is_laid_out(shard) for shard in self._headers)
-        if not self.resumed:
+
+    def allocate(self) -> None:
+        """Make every file in its full size, with its header.
+
+        Raises:
+            CheckpointError: the disk has no room for all of them (none stays then).
+        """
+        if self.resumed:
+            return
+        try:
             for shard in self._headers:
                 self._allocate(shard)
+        except OSError as error:
+            for shard in self._headers:
+                (self.folder / shard).unlink(missing_ok=True)
+            if error.errno not in _FULL:
+                raise
+            needed = sum(self._size(name) for name in self._headers)
+            raise CheckpointError(
+                f"{self.folder}: the disk must have room for {needed:,} bytes. Got '{error.strerror}' instead. "
+                f"Free some space or choose another --out."
+            ) from None
+
+    @property
+    def copied(self) -> list[str]:
+        """Names of the tensors whose bytes are the source's."""
+        return [name for name, output in self.outputs.items() if output.copied]
 
     @property
     def tensor_bytes(self) -> int:
@@ -98,21 +125,12 @@ class ShardWriter:
 
     def _allocate(self, shard: str) -> None:
         with (self.folder / shard).open("wb") as stream:
-            try:
-                os.posix_fallocate(stream.fileno(), 0, self._size(shard))
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                needed = sum(self._size(name) for name in self._headers)
-                raise CheckpointError(
-                    f"{self.folder}: the disk must have room for {needed / 1e9:.2f} GB. Got a full disk instead. "
-                    f"Free some space or choose another --out."
-                ) from None
+            os.posix_fallocate(stream.fileno(), 0, self._size(shard))
             stream.write(self._headers[shard])
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Write replaced tensors in place and flush them to the disk."""
-        for shard, names in self._by_shard(iter(tensors)).items():
+        for shard, names in self._by_shard(tensors).items():
             with (self.folder / shard).open("r+b") as stream:
                 for name in names:
                     self._put_one(stream.fileno(), name, tensors[name])
@@ -128,7 +146,7 @@ class ShardWriter:
         raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         _pwrite(descriptor, raw, entry.start)
 
-    def _by_shard(self, names: Iterator[str]) -> dict[str, list[str]]:
+    def _by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
         shards: dict[str, list[str]] = {}
         for name in names:
             shards.setdefault(self.outputs[name].entry.shard, []).append(name)
@@ -136,8 +154,7 @@ class ShardWriter:
 
     def copy_untouched(self) -> None:
         """Copy every tensor that was not replaced, byte for byte."""
-        copied = (name for name, output in self.outputs.items() if output.copied)
-        for shard, names in self._by_shard(copied).items():
+        for shard, names in self._by_shard(self.copied).items():
             with (self.source.path / shard).open("rb") as old, (self.folder / shard).open("r+b") as new:
                 for name in names:
                     self._copy_one(old.fileno(), new.fileno(), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch import Tensor
 from dernkit.api import Block, Merge, Router
 from dernkit.errors import CheckpointError
 from dernkit.kernel.compress import compress_layer, target_width
+from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.folder import copy_other_files, edited_config, verify
 from dernkit.models.probe import set_field
 from dernkit.models.source import SourceModel
 from dernkit.models.store import Store
 from dernkit.models.writer import ShardWriter
 from dernkit.progress import Progress
-from dernkit.types import CompressedLayer, ExpertBank, LayerPlan
+from dernkit.types import CompressedLayer, ExpertBank, LayerDims, LayerPlan
 
 JOURNAL = ".journal.json"
 
@@ -57,7 +59,7 @@ def apply_checkpoint(
         merge: how arrivals are merged (None when nothing moves).
         router: how router rows follow.
         seed: seeds the merges' generators.
-        folder: an existing directory that holds nothing but an earlier, killed call's work under the same ``key``.
+        folder: an existing directory that holds nothing but what a killed call `began` under the same ``key``.
         key: digest of all inputs; layers that a call with the same key has finished are not done again.
         progress: where to report layers.
     """
@@ -66,7 +68,9 @@ def apply_checkpoint(
     width = target_width(plans, merge)
     replaced, removed = _layout(store, blocks, plans, width)
     writer = ShardWriter(source.checkpoint, folder, replaced, removed)
+    store.refuse_non_finite_on_disk(writer.copied)
     journal = _Journal(folder / JOURNAL, key, fresh=not writer.resumed)
+    writer.allocate()
     with progress.track("apply", len(blocks), "layers") as tracker:
         for block, plan in zip(blocks, plans, strict=True):
             if block.layer not in journal.done:
@@ -86,8 +90,28 @@ def _check_fit(blocks: Sequence[Block], plans: Sequence[LayerPlan]) -> None:
     planned = [(plan.layer, plan.experts, plan.width) for plan in plans]
     found = [(block.layer, block.dims.experts, block.dims.width) for block in blocks]
     if planned != found:
+        mine, theirs = next((a, b) for a, b in zip_longest(found, planned) if a != b)
         raise CheckpointError(
-            f"plan: must be for the model's MoE layers (number, experts, width) {found[:3]}…. Got {planned[:3]}…."
+            f"plan: must be for the model's MoE layers. Got (layer, experts, width) {theirs or 'nothing'} for "
+            f"{mine or 'no layer'} instead. Delete plan.json and run again."
+        )
+    counts = sorted({len(plan.kept) for plan in plans})
+    if len(counts) != 1:
+        raise CheckpointError(f"plan: all layers must keep the same number of experts. Got {counts} instead.")
+    for block, plan in zip(blocks, plans, strict=True):
+        _check_kept(block.dims, plan.kept.tolist())
+
+
+def _check_kept(dims: LayerDims, kept: list[int]) -> None:
+    """What a person may have written into plan.json must be what the router allows."""
+    kept_count(len(kept), limits(dims))
+    group = dims.experts // dims.groups
+    sizes = {sum(expert // group == index for expert in kept) for index in range(dims.groups)}
+    if kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= dims.experts or len(sizes) != 1:
+        groups = f", as many from each group of {group}" if dims.groups > 1 else ""
+        raise CheckpointError(
+            f"plan, layer {dims.layer}: kept must be different experts from 0 to {dims.experts - 1} in ascending "
+            f"order{groups}. Got {kept} instead."
         )
 
 
@@ -156,23 +180,32 @@ def _blank(bank: ExpertBank, plan: LayerPlan, width: int) -> CompressedLayer:
     )
 
 
+def began(folder: Path, key: str) -> bool:
+    """Whether ``folder`` holds what a killed call of `apply_checkpoint` made under ``key``."""
+    return _journal(folder / JOURNAL).get("key") == key
+
+
+def _journal(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 class _Journal:
-    """Which layers are on the disk, for a run that goes on after a kill."""
+    """Which layers are on the disk, for a run that goes on after a kill. It is there before any shard is."""
 
     def __init__(self, file: Path, key: str, *, fresh: bool) -> None:
         self._file, self._key = file, key
-        self.done: set[int] = set()
-        if fresh or not file.exists():
-            return
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            return
-        if stored.get("key") == key:
-            self.done = set(stored["done"])
+        stored = _journal(file)
+        self.done: set[int] = set() if fresh or stored.get("key") != key else set(stored["done"])
+        self._write()
 
     def add(self, layer: int) -> None:
         self.done.add(layer)
+        self._write()
+
+    def _write(self) -> None:
         temporary = self._file.with_suffix(".tmp")
         temporary.write_text(json.dumps({"key": self._key, "done": sorted(self.done)}), encoding="utf-8")
         os.replace(temporary, self._file)

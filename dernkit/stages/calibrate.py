@@ -142,17 +142,45 @@ class Collector:
             handle.remove()
 
 
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def check_vocabulary(source: SourceModel, tokens: Tensor) -> None:
+    """Refuse a tokenizer that is not the model's.
+
+    Raises:
+        CheckpointError: it gave a token that the model has no embedding for.
+    """
+    rows = source.config.get_text_config().vocab_size
+    if int(tokens.max()) >= rows:
+        raise CheckpointError(
+            f"{source.path}: the tokenizer must give tokens below {rows}, the model's vocabulary. "
+            f"Got {int(tokens.max())} instead. Take model and tokenizer from the same download."
+        )
+
+
 def batched(tokens: Tensor, batch_size: int) -> list[Tensor]:
     """[sequences, length] in batches of at most ``batch_size`` sequences."""
     return list(tokens.split(batch_size))
 
 
 def save_stats(stats: Mapping[int, LayerStats], file: Path, metadata: Mapping[str, str]) -> None:
-    """Write `layers.<index>.<statistic>` tensors; ``tokens`` is an int64 scalar."""
+    """Write `layers.<index>.<statistic>` tensors; ``tokens`` is an int64 scalar.
+
+    Raises:
+        CheckpointError: a statistic is NaN or infinite.
+    """
     tensors = {}
     for layer, values in stats.items():
         tensors[f"layers.{layer}.tokens"] = torch.tensor(values.tokens)
         tensors |= {f"layers.{layer}.{name}": value.contiguous() for name, value in values.values.items()}
+    for name, value in tensors.items():
+        if not _finite(value):
+            raise CheckpointError(
+                f"calibrate: statistics must be finite. Got NaN or infinity in '{name}' instead. The model overflows "
+                f"on this text: set 'dtype' in config.json to float32, or take other text."
+            )
     sample_size = max((values.sample_size for values in stats.values()), default=0)
     save_file(tensors, file, metadata=dict(metadata) | {"sample_size": str(sample_size)})
 
@@ -170,10 +198,10 @@ def load_stats(file: Path) -> dict[int, LayerStats]:
         for key in stored.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
             _, layer, name = key.split(".", 2)
             tensor = stored.get_tensor(key)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if not _finite(tensor):
                 raise CheckpointError(
-                    f"{file}: statistics must be finite. Got NaN or infinity in '{key}' instead. Calibrate again "
-                    f"in float32, or on other text."
+                    f"{file}: statistics must be finite. Got NaN or infinity in '{key}' instead. Delete the file and "
+                    f"run again."
                 )
             if name == "tokens":
                 tokens[int(layer)] = int(tensor)

@@ -12,6 +12,7 @@ from dernkit.api import Evaluator, Subject
 from dernkit.errors import CheckpointError
 from dernkit.models.store import quiet_transformers
 from dernkit.progress import Progress
+from dernkit.sentences import reason
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> object:
@@ -23,26 +24,33 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> object:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; each means that there is no usable tokenizer
-        reason = str(error).strip().splitlines()[0][:200]
-        raise CheckpointError(f"{path}: must hold a tokenizer that transformers can load. Got: {reason}") from None
+        raise CheckpointError(
+            f"{path}: must hold a tokenizer that transformers can load. Got '{reason(error)}' instead. "
+            f"Copy the tokenizer's files there."
+        ) from None
 
 
 def load_subject(path: Path, *, trust_remote_code: bool = False) -> Subject:
     """The whole model in memory, as any user of transformers would load it, in its own dtype.
 
     Raises:
-        CheckpointError: transformers reports a missing, unexpected or mismatched key.
+        CheckpointError: transformers cannot load it, or reports a missing, unexpected or mismatched key.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype="auto",
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype="auto",
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # as above
+            raise CheckpointError(
+                f"{path}: must hold a causal language model that transformers can load. Got '{reason(error)}' instead."
+            ) from None
     problems = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if problems:
         raise CheckpointError(

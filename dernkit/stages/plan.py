@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from dernkit.kernel.planning import plan_from_scores, score_layer
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.source import SourceModel
 from dernkit.progress import Progress
+from dernkit.sentences import reason
 from dernkit.types import Assignment, LayerPlan, LayerStats
 
 _MOVES = ("source", "target", "partner", "affinity")
@@ -122,11 +123,15 @@ def _allocate(blocks: Sequence[Block], decisions: Decisions, scores: list[Tensor
 def save_plan(
     plans: Sequence[LayerPlan], folder: Path, header: Mapping[str, Any], stats: Mapping[int, LayerStats]
 ) -> None:
-    """Write `plan.safetensors` (the moves) and `plan.json` (everything else, readable)."""
+    """Write `plan.safetensors` (the moves, and between which experts) and `plan.json` (everything else, readable).
+
+    Both carry the ``key`` of ``header``, so that files of two plans are not taken for one.
+    """
     moves = {
         f"layers.{plan.layer}.{name}": getattr(plan.assignment, name).contiguous() for plan in plans for name in _MOVES
     }
-    save_file(moves, folder / "plan.safetensors")
+    moves |= {f"layers.{plan.layer}.kept": plan.kept for plan in plans}
+    save_file(moves, folder / "plan.safetensors", metadata={"key": str(header["key"])})
     document = {**header, "layers": {str(plan.layer): summary(plan) | _unrouted(stats, plan.layer) for plan in plans}}
     (folder / "plan.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -168,14 +173,23 @@ def load_plan(folder: Path) -> list[LayerPlan]:
         layers = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["layers"]
         with safe_open(folder / "plan.safetensors", "pt") as file:
             return [_layer_plan(int(layer), item, file) for layer, item in layers.items()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder / 'plan.json'}: must be a plan with its plan.safetensors beside it. Got {error!r} instead. "
-            f"Delete both and run again."
+            f"{folder / 'plan.json'}: must be a plan with its plan.safetensors beside it. "
+            f"Got '{type(error).__name__}: {reason(error)}' instead. Correct it, or delete both and run again."
         ) from None
 
 
 def _layer_plan(layer: int, item: Mapping[str, Any], file: Any) -> LayerPlan:
     moves = Assignment(*(file.get_tensor(f"layers.{layer}.{name}") for name in _MOVES))
+    planned = file.get_tensor(f"layers.{layer}.kept").tolist()
+    if len(moves) and item["kept"] != planned:
+        raise CheckpointError(
+            f"plan.json, layer {layer}: kept must be {planned}, for which the moves in plan.safetensors were made. "
+            f"Got {item['kept']} instead. Undo the edit, or plan without plan.assign: there kept can be edited."
+        )
+    kept = torch.tensor(item["kept"], dtype=torch.int64)
+    if kept.tolist() != item["kept"]:
+        raise ValueError(f"layer {layer}: kept must be a list of integers")
     scores = torch.tensor(item["scores"], dtype=torch.float64)
-    return LayerPlan(layer, item["experts"], item["width"], scores, torch.tensor(item["kept"]), moves)
+    return LayerPlan(layer, item["experts"], item["width"], scores, kept, moves)

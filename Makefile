@@ -1,0 +1,65 @@
+# Two commands matter: `make demo` and `make test`. `make help` lists all of them.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Extra package index for torch, e.g. PyTorch's index of CPU builds. Empty: what pip is set up to use.
+TORCH_INDEX ?=
+WORKERS ?= 2
+
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test test-slow lint clean clean-venv
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo        compress the bundled model with every recipe and print the results side by side"
+	@echo "make test        lint, then all tests but the slow ones"
+	@echo "make test-slow   the slow tests"
+	@echo "make lint        ruff, mypy and the import contracts"
+	@echo "make clean       remove caches and build products"
+	@echo "make clean-venv  remove the environment $(VENV)"
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV), TORCH_INDEX=$(TORCH_INDEX) (see README.md), WORKERS=$(WORKERS)"
+
+demo: $(VENV)/.demo
+	$(BIN)/python benchmarks/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+
+# Stamps: an environment is made once and again only when what it is made from has changed.
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "PYTHON must be Python 3.11 or newer. Got '$(PYTHON)' instead. Set PYTHON, e.g. make test PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing torch into $(VENV) (the first time this can take minutes)"
+	@$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@echo "Installing dernkit into $(VENV)"
+	@$(INSTALL) --quiet -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	@echo "Installing dernkit with its extras eval and dev into $(VENV)"
+	@$(INSTALL) --quiet -e '.[eval,dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find dernkit tests benchmarks plugins docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-venv:
+	rm -rf $(VENV)

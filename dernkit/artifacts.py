@@ -1,0 +1,99 @@
+"""Files of a run directory: locked while a run lasts, replaced as a whole, and asked which inputs they were made from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from dernkit.errors import CheckpointError, RecipeError
+from dernkit.models.checkpoint import open_checkpoint
+from dernkit.sentences import reason
+
+
+@contextmanager
+def exclusive(file: Path) -> Iterator[None]:
+    """Refuse a second run in the same directory."""
+    import fcntl
+
+    with file.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RecipeError(
+                f"--out: one run at a time may write '{file.parent}'. Got a second one instead. Wait for the first."
+            ) from None
+        yield
+
+
+def publish(file: Path, place: Path) -> None:
+    """Rename a finished file into place, readable as the umask says (safetensors writes 0600)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+    os.replace(file, place)
+
+
+def fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    old = new.with_name(new.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        os.replace(place, old)
+    os.replace(new, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(new: Path, place: Path) -> None:
+    """Undo the half of `replace_folder` that a kill may have left."""
+    old = new.with_name(new.name + ".old")
+    if old.exists() and not place.exists():
+        os.replace(old, place)
+
+
+def whole(folder: Path) -> bool:
+    try:
+        return bool(open_checkpoint(folder).tensors) and (folder / "config.json").exists()
+    except CheckpointError:
+        return False
+
+
+def refuse_broken(file: Path) -> None:
+    """A plan that a person has edited into something else than JSON is not thrown away."""
+    try:
+        if file.exists():
+            json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: must be JSON. Got '{reason(error)}' instead. Correct it, or delete it to plan again."
+        ) from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def json_key(file: Path) -> str | None:
+    return read_json(file).get("key")
+
+
+def safetensors_key(file: Path) -> str | None:
+    try:
+        with safe_open(file, "pt") as stored:
+            return (stored.metadata() or {}).get("key")
+    except (OSError, SafetensorError):
+        return None
