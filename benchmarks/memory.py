@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--gigabytes 2] [--layers 16] [--keep-files DIR]
 
-Writes a random fp32 checkpoint of the given size shard by shard, compresses it with DERN (half of the experts, the best
-30% of the dropped segments moved), and prints the peak resident memory above that of an interpreter with torch imported.
+Writes a random fp32 checkpoint of the given size shard by shard, compresses it with DERN (half of the experts, the
+best 30% of the dropped segments moved), and prints the peak resident memory above that of an interpreter with torch.
 """
 
 from __future__ import annotations

@@ -112,7 +112,8 @@ def probe_field(model: Any, value: int, changed: Callable[[nn.Module, nn.Module]
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    """Tied tensors under each of their names: a live model ties them, a meta build does not."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _changed_tensors(model: Any, other: nn.Module) -> dict[str, tuple[int, ...]]:

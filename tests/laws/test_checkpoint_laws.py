@@ -136,26 +136,6 @@ def test_untouched_tensors_keep_their_bytes(make: Make, tmp_path: Path, registry
     assert set(index["weight_map"]) == set(after)
 
 
-@every_family
-def test_experts_in_another_order_give_the_same_function(tmp_path: Path, registry: Registry, family: str):
-    """The groups of a router stay together, so experts are permuted inside them."""
-    model = tiny_model(family)
-    model.save_pretrained(tmp_path / "a")
-    order = torch.tensor([2, 0, 3, 1, 7, 5, 4, 6])
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.shape[:1] == (8,) and (".experts." in name or ".gate." in name):
-            tensor.data.copy_(tensor.data[order])
-    model.save_pretrained(tmp_path / "b")
-    bound = recipe(registry, assign={**DERN, "quantile": 0.5}, router="additive")
-    plans = {name: run(tmp_path / name, tmp_path / f"{name}-out", bound, tokens(4, 16)) for name in ("a", "b")}
-    for mine, theirs in zip(plans["a"], plans["b"], strict=True):
-        assert sorted(order[theirs.kept].tolist()) == mine.kept.tolist()
-    ids = tokens(2, 20, seed=5)
-    with torch.no_grad():
-        logits = [AutoModelForCausalLM.from_pretrained(tmp_path / f"{n}-out")(ids).logits for n in ("a", "b")]
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
-
-
 def test_concatenate_widens_every_expert_and_the_config(make: Make, tmp_path: Path, registry: Registry):
     folder, out = make("qwen3_moe"), tmp_path / "out"
     bound = recipe(registry, assign={**DERN, "quantile": 1.0}, merge="concatenate")
@@ -164,3 +144,18 @@ def test_concatenate_widens_every_expert_and_the_config(make: Make, tmp_path: Pa
     dims = source(out).open()[1][0].dims
     assert (dims.width, dims.experts) == (-(-widest // 64) * 64, 4)
     assert json.loads((out / "config.json").read_text())["moe_intermediate_size"] == dims.width
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_embeddings_stay_tied(tmp_path: Path, registry: Registry, tied: bool):
+    folder, out = tmp_path / "source", tmp_path / "out"
+    save_tiny(folder, "mixtral", tie_word_embeddings=tied)
+    run(folder, out, recipe(registry), tokens(4, 16))
+    live = AutoModelForCausalLM.from_pretrained(folder)
+    dernkit.compress(live, recipe(registry), tokens(4, 16).split(2), registry=registry)
+    reloaded = AutoModelForCausalLM.from_pretrained(out)
+    assert ("lm_head.weight" in tensors(out)) is not tied
+    assert (reloaded.lm_head.weight.data_ptr() == reloaded.model.embed_tokens.weight.data_ptr()) is tied
+    ids = tokens(2, 20, seed=5)
+    with torch.no_grad():
+        assert torch.equal(live(ids).logits, reloaded(ids).logits)
