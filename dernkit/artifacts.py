@@ -1,7 +1,8 @@
-"""Files of a run directory: locked while a run lasts, replaced as a whole, and asked which inputs they were made from."""
+"""Files of a run directory: locked while a run lasts, replaced as a whole, marked with what they were made from."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -20,12 +21,10 @@ from dernkit.sentences import reason
 @contextmanager
 def exclusive(file: Path) -> Iterator[None]:
     """Refuse a second run in the same directory."""
-    import fcntl
-
     with file.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RecipeError(
                 f"--out: one run at a time may write '{file.parent}'. Got a second one instead. Wait for the first."
             ) from None
@@ -41,11 +40,13 @@ def publish(file: Path, place: Path) -> None:
 
 
 def fresh(folder: Path) -> None:
+    """Make an empty directory, whatever was there."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
 def replace_folder(new: Path, place: Path) -> None:
+    """Rename a finished directory into place; what was there before stays until then."""
     old = new.with_name(new.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
@@ -62,6 +63,7 @@ def restore(new: Path, place: Path) -> None:
 
 
 def whole(folder: Path) -> bool:
+    """Whether a checkpoint's files are all there in their full size."""
     try:
         return bool(open_checkpoint(folder).tensors) and (folder / "config.json").exists()
     except CheckpointError:
@@ -80,6 +82,7 @@ def refuse_broken(file: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if there is none that can be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -88,10 +91,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def json_key(file: Path) -> str | None:
+    """The digest of inputs that a JSON artifact carries."""
     return read_json(file).get("key")
 
 
 def safetensors_key(file: Path) -> str | None:
+    """The digest of inputs that a safetensors artifact carries."""
     try:
         with safe_open(file, "pt") as stored:
             return (stored.metadata() or {}).get("key")

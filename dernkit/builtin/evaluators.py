@@ -119,7 +119,9 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"perplexity.path: must be UTF-8 text that can be read. Got '{file}': {error}") from None
+        raise RecipeError(
+            f"perplexity.path: must be UTF-8 text that can be read. Got '{file}' ({error}) instead."
+        ) from None
 
 
 @final
@@ -175,15 +177,19 @@ class LmEval:
                 f"lm-eval.tasks: must be tasks that lm-eval knows. Got '{missing[0]}' instead. "
                 f"List them with: lm_eval ls tasks"
             )
-        return lm_eval.simple_evaluate(
-            model=HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=self.batch_size),
-            tasks=list(self.tasks),
-            num_fewshot=self.num_fewshot,
-            limit=self.limit,
-            bootstrap_iters=self.bootstrap,
-            task_manager=manager,
-            log_samples=False,
-        )
+        try:
+            return lm_eval.simple_evaluate(
+                model=HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=self.batch_size),
+                tasks=list(self.tasks),
+                num_fewshot=self.num_fewshot,
+                limit=self.limit,
+                bootstrap_iters=self.bootstrap,
+                task_manager=manager,
+                log_samples=False,
+            )
+        except Exception as error:  # data that cannot be downloaded or read, templates that do not fit it
+            reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+            raise RecipeError(f"lm-eval.tasks: must run to their end. Got '{reason}' instead.") from error
 
 
 @hookimpl

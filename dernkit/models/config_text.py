@@ -52,7 +52,7 @@ def _walk(text: str, at: int, path: Path, spans: dict[Path, tuple[int, int]]) ->
 
 
 def edit(text: str, changes: Mapping[tuple[str, ...], int]) -> str:
-    """The same text with the values at ``changes``' paths replaced; an absent path is inserted first in its object.
+    """The same text with the values at ``changes``' paths replaced; an absent key is inserted first in its object.
 
     Raises:
         CheckpointError: the text is not JSON, or the object that should hold a path does not exist.
@@ -60,20 +60,30 @@ def edit(text: str, changes: Mapping[tuple[str, ...], int]) -> str:
     try:
         json.loads(text)
     except JSONDecodeError as error:
-        raise CheckpointError(f"config.json: must be JSON. Got {error} instead. Download it again.") from None
+        raise CheckpointError(f"config.json: must be JSON. Got '{error}' instead. Download it again.") from None
     spans = value_spans(text)
     edits: list[tuple[int, int, str]] = []
+    absent: dict[Path, dict[str, int]] = {}
     for path, value in changes.items():
         if path in spans:
-            edits.append((*spans[path], str(value)))
-            continue
-        if path[:-1] not in spans:
-            raise CheckpointError(
-                f"config.json: must have an object '{'.'.join(path[:-1])}' for '{path[-1]}'. Got none instead."
-            )
-        brace = spans[path[:-1]][0] + 1
-        gap = text[brace : _skip(text, brace)]
-        edits.append((brace, brace, f'{gap}"{path[-1]}": {value},'))
+            edits.append((*spans[path], json.dumps(value)))
+        else:
+            absent.setdefault(path[:-1], {})[path[-1]] = value
+    for owner, fields in absent.items():
+        brace = _brace(text, spans, owner) + 1
+        first = _skip(text, brace)
+        gap, last = text[brace:first], "" if text[first] == "}" else ","
+        new = ",".join(f"{gap}{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items())
+        edits.append((brace, brace, new + last))
     for start, end, new in sorted(edits, reverse=True):
         text = text[:start] + new + text[end:]
     return text
+
+
+def _brace(text: str, spans: Mapping[Path, tuple[int, int]], path: Path) -> int:
+    """Where the object at ``path`` begins."""
+    if path in spans and text[spans[path][0]] == "{":
+        return spans[path][0]
+    found = "something else" if path in spans else "none"
+    where = f"'{'.'.join(map(str, path))}'" if path else "at its top"
+    raise CheckpointError(f"config.json: must have an object {where}. Got {found} instead. Download it again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from dernkit.models.source import SourceModel, open_source
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx")
 SOURCE_CARD = "SOURCE_README.md"
+_CARD = re.compile(r"(SOURCE_)*README\.md")
 
 
 def edited_config(source: SourceModel, changes: Mapping[tuple[str, ...], int]) -> str:
@@ -23,7 +25,7 @@ def edited_config(source: SourceModel, changes: Mapping[tuple[str, ...], int]) -
     Spellings are the field's canonical name and the aliases that its config class declares; a field that the text
     leaves to its default is inserted.
     """
-    text = (source.path / "config.json").read_text(encoding="utf-8")
+    text = (source.path / "config.json").read_bytes().decode()  # line ends as they are
     present = value_spans(text)
     edits: dict[tuple[str, ...], int] = {}
     for field, value in changes.items():
@@ -40,12 +42,15 @@ def _spellings(config: Any, field: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def copy_other_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation config, code, licence and the like; the model card becomes `SOURCE_README.md`."""
+    """Copy tokenizer, generation config, code, licence and the like.
+
+    The model card becomes `SOURCE_README.md`, and that of a source's source `SOURCE_SOURCE_README.md`.
+    """
     for file in sorted(source.iterdir()):
         if file.name.startswith(".") or file.name in ("config.json", INDEX) or not file.is_file():
             continue
         if file.suffix not in _WEIGHTS and not file.name.endswith(".index.json"):
-            name = SOURCE_CARD if file.name == "README.md" else file.name
+            name = f"SOURCE_{file.name}" if _CARD.fullmatch(file.name) else file.name
             shutil.copyfile(file, folder / name)
 
 

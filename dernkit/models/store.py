@@ -129,9 +129,10 @@ class Store:
         for name in sorted(names & tensors.keys()):
             tensor = tensors[name]
             if tensor.is_floating_point() and not tensor.is_meta and not _finite(tensor):
-                keys = self.keys([name])
+                self.refuse_non_finite_on_disk(self.keys([name]))
                 raise CheckpointError(
-                    self._not_finite(next((key for key in keys if not self._is_finite(key)), keys[0]))
+                    f"{self.checkpoint.path}: weights must be finite in {tensor.dtype}, to which config.json has them "
+                    f"converted. Got larger numbers in '{self.keys([name])[0]}' instead. Correct 'dtype' there."
                 )
 
     def refuse_non_finite_on_disk(self, keys: Iterable[str]) -> None:
@@ -142,22 +143,11 @@ class Store:
         """
         parameters = {name for name, _ in self.model.named_parameters()}
         for key in keys:
-            if self.target.get(key) in parameters and not self._is_finite(key):
-                raise CheckpointError(self._not_finite(key))
-
-    def _is_finite(self, key: str) -> bool:
-        return _finite(self.checkpoint.read(key))
-
-    def _not_finite(self, key: str) -> str:
-        if self._is_finite(key):
-            return (
-                f"{self.checkpoint.path}: weights must be finite in {self.model.dtype}, the dtype of config.json. "
-                f"Got larger numbers in '{key}' instead. Correct 'dtype' there."
-            )
-        return (
-            f"{self.checkpoint.path}: weights must be finite. Got NaN or infinity in '{key}' instead. "
-            f"Download {self.checkpoint.tensors[key].shard} again."
-        )
+            if self.target.get(key) in parameters and not _finite(self.checkpoint.read(key)):
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: weights must be finite. Got NaN or infinity in '{key}' instead. "
+                    f"Download {self.checkpoint.tensors[key].shard} again."
+                )
 
     def _refuse_disagreement(self) -> None:
         """Config and checkpoint must agree on every name and shape; checked on the meta device, no byte is read."""
@@ -182,8 +172,8 @@ class Store:
                 f"Take both from the same download."
             )
         for name in info.conversion_errors:
-            missing = _missing_expert(self.keys([name]))
-            what = f"no tensor '{missing}'" if missing else f"tensors that do not fit together for '{name}'"
+            lacking = _missing_expert(self.keys([name]))
+            what = f"no tensor '{lacking}'" if lacking else f"tensors that do not fit together for '{name}'"
             raise CheckpointError(f"{where} Got {what} instead. Download the checkpoint again.")
         tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
         missing = sorted(info.missing_keys - tied)

@@ -50,8 +50,8 @@ class ShardWriter:
         self.folder = folder
         self.outputs: dict[str, Output] = {}
         self._headers: dict[str, bytes] = {}
-        for shard in source.shards:
-            self._lay_out(shard, replaced, removed)
+        for shard, names in _by_shard(source.tensors, source.tensors).items():
+            self._lay_out(shard, names, replaced, removed)
         self.resumed = all(self._is_laid_out(shard) for shard in self._headers)
 
     def allocate(self) -> None:
@@ -86,27 +86,28 @@ class ShardWriter:
         """Bytes of all tensors of the output together."""
         return sum(output.entry.end - output.entry.start for output in self.outputs.values())
 
-    def _lay_out(self, shard: str, replaced: Mapping[str, Tensor], removed: frozenset[str]) -> None:
+    def _lay_out(self, shard: str, names: list[str], replaced: Mapping[str, Tensor], removed: frozenset[str]) -> None:
         header: dict[str, object] = {}
         if self.source.metadata[shard]:
             header["__metadata__"] = dict(self.source.metadata[shard])
-        at, entries = 0, {}
-        for name, entry in self.source.tensors.items():
-            if entry.shard != shard or name in removed:
+        at, entries, same = 0, {}, True
+        for name in names:
+            entry = self.source.tensors[name]
+            if name in removed:
+                same = False
                 continue
             dtype, shape, size = entry.dtype, entry.shape, entry.end - entry.start
             if name in replaced:
                 new = replaced[name]
                 dtype, shape = SAFETENSORS_DTYPES[new.dtype], tuple(new.shape)
                 size = new.numel() * new.element_size()
+                same = same and (dtype, shape) == (entry.dtype, entry.shape)
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
             entries[name] = TensorEntry(shard, dtype, shape, at, at + size)
             at += size
         if not entries:
             return
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._headers[shard] = len(text).to_bytes(8, "little") + text
+        self._headers[shard] = _raw_header(self.source.path / shard) if same else _header(header)
         base = len(self._headers[shard])
         for name, entry in entries.items():
             moved = TensorEntry(shard, entry.dtype, entry.shape, base + entry.start, base + entry.end)
@@ -130,7 +131,7 @@ class ShardWriter:
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Write replaced tensors in place and flush them to the disk."""
-        for shard, names in self._by_shard(tensors).items():
+        for shard, names in _by_shard(tensors, self.source.tensors).items():
             with (self.folder / shard).open("r+b") as stream:
                 for name in names:
                     self._put_one(stream.fileno(), name, tensors[name])
@@ -146,15 +147,9 @@ class ShardWriter:
         raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         _pwrite(descriptor, raw, entry.start)
 
-    def _by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
-        shards: dict[str, list[str]] = {}
-        for name in names:
-            shards.setdefault(self.outputs[name].entry.shard, []).append(name)
-        return shards
-
     def copy_untouched(self) -> None:
         """Copy every tensor that was not replaced, byte for byte."""
-        for shard, names in self._by_shard(self.copied).items():
+        for shard, names in _by_shard(self.copied, self.source.tensors).items():
             with (self.source.path / shard).open("rb") as old, (self.folder / shard).open("r+b") as new:
                 for name in names:
                     self._copy_one(old.fileno(), new.fileno(), name)
@@ -162,19 +157,25 @@ class ShardWriter:
 
     def _copy_one(self, old: int, new: int, name: str) -> None:
         source, target = self.source.tensors[name], self.outputs[name].entry
-        for at in range(0, source.end - source.start, _CHUNK):
-            size = min(_CHUNK, source.end - source.start - at)
-            _pwrite(new, memoryview(os.pread(old, size, source.start + at)), target.start + at)
+        at = source.start
+        while at < source.end:
+            raw = os.pread(old, min(_CHUNK, source.end - at), at)
+            if not raw:
+                raise CheckpointError(
+                    f"{self.source.path / source.shard}: must stay the same while it is read. Got less of it instead."
+                )
+            _pwrite(new, memoryview(raw), target.start + at - source.start)
+            at += len(raw)
 
     def finish(self) -> None:
         """Write the index (if the source has one) and check that every file is whole."""
         if self.source.indexed:
-            (self.folder / INDEX).write_text(self._index(), encoding="utf-8")
+            (self.folder / INDEX).write_bytes(self._index().encode())
         for shard in self._headers:
             read_header(self.folder / shard)
 
     def _index(self) -> str:
-        text = (self.source.path / INDEX).read_text(encoding="utf-8")
+        text = (self.source.path / INDEX).read_bytes().decode()
         index = json.loads(text)
         weight_map = {name: shard for name, shard in index["weight_map"].items() if name in self.outputs}
         total = self.tensor_bytes
@@ -187,6 +188,27 @@ class ShardWriter:
                 torch.Size(output.entry.shape).numel() for output in self.outputs.values()
             )
         return json.dumps(index | {"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _by_shard(names: Iterable[str], entries: Mapping[str, TensorEntry]) -> dict[str, list[str]]:
+    shards: dict[str, list[str]] = {}
+    for name in names:
+        shards.setdefault(entries[name].shard, []).append(name)
+    return shards
+
+
+def _header(header: Mapping[str, object]) -> bytes:
+    """As safetensors writes it: no spaces, padded to 8 bytes."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _raw_header(file: Path) -> bytes:
+    """The bytes before the tensors, whoever wrote them."""
+    with file.open("rb") as stream:
+        length = stream.read(8)
+        return length + stream.read(int.from_bytes(length, "little"))
 
 
 def _pwrite(descriptor: int, raw: memoryview, at: int) -> None:

@@ -80,7 +80,7 @@ def apply_checkpoint(
     writer.copy_untouched()
     writer.finish()
     experts = len(plans[0].kept)
-    (folder / "config.json").write_text(edited_config(source, blocks[0].config_changes(experts, width)), "utf-8")
+    (folder / "config.json").write_bytes(edited_config(source, blocks[0].config_changes(experts, width)).encode())
     copy_other_files(source.path, folder)
     verify(folder, source, experts)
     journal.remove()

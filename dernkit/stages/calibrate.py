@@ -178,7 +178,7 @@ def save_stats(stats: Mapping[int, LayerStats], file: Path, metadata: Mapping[st
     for name, value in tensors.items():
         if not _finite(value):
             raise CheckpointError(
-                f"calibrate: statistics must be finite. Got NaN or infinity in '{name}' instead. The model overflows "
+                f"statistics: must be finite. Got NaN or infinity in '{name}' instead. The model overflows "
                 f"on this text: set 'dtype' in config.json to float32, or take other text."
             )
     sample_size = max((values.sample_size for values in stats.values()), default=0)

@@ -1,0 +1,81 @@
+"""What the universal adapter says about routers, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+from dernkit.errors import CheckpointError
+from dernkit.models.source import find_blocks
+from dernkit.models.universal import Universal
+from dernkit.testing.checkpoints import FAMILIES, tiny_model
+
+ROUTERS = {
+    "mixtral": "softmax, top-k renormalised",
+    "qwen2_moe": "softmax, top-k not renormalised",
+    "qwen3_moe": "softmax, top-k renormalised",
+    "olmoe": "softmax, top-k not renormalised",
+    "deepseek_v2": "softmax, top-k not renormalised, scaled by 1.5",
+    "deepseek_v2_groups": "softmax, top-k not renormalised",
+    "deepseek_v3": "sigmoid, top-k renormalised, scaled by 2.5 + correction bias",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_router_is_described_by_what_it_does(family: str):
+    block = find_blocks(tiny_model(family), [Universal()])[0]
+    assert block.router_kind() == ROUTERS[family]
+
+
+@pytest.mark.parametrize(
+    ("family", "groups", "smallest"),
+    [("mixtral", 1, 2), ("deepseek_v2", 1, 2), ("deepseek_v2_groups", 2, 4), ("deepseek_v3", 2, 4)],
+)
+def test_groups_set_the_smallest_keep(family: str, groups: int, smallest: int):
+    dims = find_blocks(tiny_model(family), [Universal()])[0].dims
+    assert (dims.groups, dims.smallest_keep) == (groups, smallest)
+
+
+def test_dense_first_layers_are_left_alone():
+    blocks = find_blocks(tiny_model("deepseek_v3"), [Universal()])
+    assert [block.layer for block in blocks] == [1, 2]
+
+
+def test_a_dense_model_is_refused():
+    config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(CheckpointError, match="llama: must be a Mixture-of-Experts model"):
+        find_blocks(transformers.LlamaForCausalLM(config), [Universal()])
+
+
+def test_a_table_of_expert_ids_is_refused():
+    config = transformers.DeepseekV4Config(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=32,
+        q_lora_rank=20,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=4,
+        o_groups=2,
+        o_lora_rank=12,
+        hc_mult=2,
+        sliding_window=16,
+        n_routed_experts=8,
+        moe_intermediate_size=24,
+        num_experts_per_tok=2,
+        mlp_layer_types=["hash_moe", "moe"],
+        layer_types=["sliding_attention"] * 2,
+        partial_rotary_factor=0.5,
+    )
+    with pytest.raises(CheckpointError, match=r"deepseek_v4: a MoE block must hold weights only\. Got a table"):
+        find_blocks(transformers.DeepseekV4ForCausalLM(config), [Universal()])
+
+
+def test_experts_that_transformers_does_not_declare_are_refused():
+    config = transformers.JetMoeConfig(
+        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=16, intermediate_size=24
+    )
+    with pytest.raises(CheckpointError, match="jetmoe: experts must be declared by transformers' experts interface"):
+        find_blocks(transformers.JetMoeForCausalLM(config), [Universal()])
