@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dernkit.errors import CheckpointError, RecipeError
-from dernkit.models.checkpoint import open_checkpoint
 from dernkit.sentences import reason
 
 
@@ -62,12 +61,14 @@ def restore(new: Path, place: Path) -> None:
         os.replace(old, place)
 
 
-def whole(folder: Path) -> bool:
-    """Whether a checkpoint's files are all there in their full size."""
-    try:
-        return bool(open_checkpoint(folder).tensors) and (folder / "config.json").exists()
-    except CheckpointError:
-        return False
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file in a folder."""
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def whole(folder: Path, expected: Mapping[str, int]) -> bool:
+    """Whether files of these sizes are all there; others may be, too."""
+    return folder.is_dir() and expected.items() <= sizes(folder).items()
 
 
 def refuse_broken(file: Path) -> None:

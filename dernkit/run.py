@@ -26,12 +26,15 @@ from dernkit.artifacts import (
     replace_folder,
     restore,
     safetensors_key,
+    sizes,
     whole,
 )
 from dernkit.digest import content_digests, digest, file_digest, missing_paths
 from dernkit.errors import CheckpointError, DernkitError, RecipeError
 from dernkit.gather import gather
 from dernkit.memory import measured
+from dernkit.models.folder import RECORD as MADE_FROM
+from dernkit.models.folder import other_files
 from dernkit.models.source import SourceModel, open_source
 from dernkit.progress import Progress
 from dernkit.recipe import Recipe
@@ -50,6 +53,7 @@ LOCK, STATS, PLAN, MOVES, MODEL, EVAL, RECORD = (
     "run.json",
 )
 _PARTIAL, _LOCK_FILE = ".partial", ".lock"
+_TOKENIZER = ("token*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
 _VERSIONED = ("dernkit", "torch", "transformers", "safetensors")
 
 
@@ -211,7 +215,7 @@ class Run:
             sorted(requires),
             self.recipe.seed,
             fingerprint,
-            [file_digest(file) for file in sorted(self.path.glob("token*"))],
+            [(file.name, file_digest(file)) for pattern in _TOKENIZER for file in sorted(self.path.glob(pattern))],
             self._versions("source", "adapter"),
         )
 
@@ -269,6 +273,7 @@ class Run:
             file_digest(self.out / MOVES),
             self.recipe.seed,
             fingerprint,
+            [(file.name, file_digest(file)) for file in other_files(self.path)],
             self._versions("merge", "router", "adapter"),
         )
 
@@ -291,11 +296,12 @@ class Run:
                 progress=self.progress,
             )
             (folder / "README.md").write_text(card.render(self.model, self.recipe, plans), encoding="utf-8")
-            made_from = {"key": key, "source": fingerprint}
-            (folder / "dernkit.json").write_text(json.dumps(made_from) + "\n", encoding="utf-8")
+            record = {"key": key, "source": fingerprint, "files": sizes(folder)}
+            (folder / MADE_FROM).write_text(json.dumps(record) + "\n", encoding="utf-8")
             replace_folder(folder, self.out / MODEL)
 
-        self._stage("apply", json_key(self.out / MODEL / "dernkit.json") == key and whole(self.out / MODEL), work)
+        made = read_json(self.out / MODEL / MADE_FROM)
+        self._stage("apply", made.get("key") == key and whole(self.out / MODEL, made["files"]), work)
 
     def _evaluate(self, fingerprint: str) -> None:
         evaluators = self.recipe.evaluators

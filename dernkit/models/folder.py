@@ -15,6 +15,8 @@ from dernkit.models.probe import get_field
 from dernkit.models.source import SourceModel, open_source
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx")
+RECORD = "dernkit.json"
+"""What a result was made from, and its files."""
 SOURCE_CARD = "SOURCE_README.md"
 _CARD = re.compile(r"(SOURCE_)*README\.md")
 
@@ -46,12 +48,18 @@ def copy_other_files(source: Path, folder: Path) -> None:
 
     The model card becomes `SOURCE_README.md`, and that of a source's source `SOURCE_SOURCE_README.md`.
     """
-    for file in sorted(source.iterdir()):
-        if file.name.startswith(".") or file.name in ("config.json", INDEX) or not file.is_file():
-            continue
-        if file.suffix not in _WEIGHTS and not file.name.endswith(".index.json"):
-            name = f"SOURCE_{file.name}" if _CARD.fullmatch(file.name) else file.name
-            shutil.copyfile(file, folder / name)
+    for file in other_files(source):
+        shutil.copyfile(file, folder / (f"SOURCE_{file.name}" if _CARD.fullmatch(file.name) else file.name))
+
+
+def other_files(source: Path) -> list[Path]:
+    """Files that are copied as they are, in the order of their names."""
+    return [file for file in sorted(source.iterdir()) if file.is_file() and _comes_along(file.name)]
+
+
+def _comes_along(name: str) -> bool:
+    weights = name.endswith((*_WEIGHTS, ".index.json"))
+    return not weights and not name.startswith(".") and name not in ("config.json", INDEX, RECORD)
 
 
 def verify(folder: Path, source: SourceModel, experts: int) -> SourceModel:

@@ -81,7 +81,7 @@ def _passes_state(
     finally:
         handle.remove()
         loader.unload(layers[0])
-    return isinstance(seen[0], tuple) and any(item is not None for item in seen[0][1:])
+    return isinstance(seen[0], tuple) and len(seen[0]) > 1
 
 
 def _layer_by_layer(
@@ -108,7 +108,7 @@ def _layer_by_layer(
 
 def _only_hidden(output: Any) -> Tensor:
     if isinstance(output, tuple):
-        if any(item is not None for item in output[1:]):
+        if len(output) > 1:
             raise CheckpointError(
                 "calibration: all decoder layers must return the same kind of output. Got one that returns more than "
                 "hidden states after one that does not instead. This family needs an adapter plugin."

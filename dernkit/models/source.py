@@ -224,7 +224,7 @@ class Stack:
 
 def decoder_stack(model: Any, blocks: Sequence[Block]) -> Stack:
     """The module list in which all blocks lie."""
-    prefixes = {block.path[: block.path.index(f".{block.layer}.")] for block in blocks}
+    prefixes = {block.path[: f"{block.path}.".index(f".{block.layer}.")] for block in blocks}
     if len(prefixes) != 1:
         raise CheckpointError(
             f"{model.config.model_type}: all MoE blocks must lie in one decoder stack. "

@@ -57,6 +57,13 @@ def _block(model: Any, experts_path: str, family: Family) -> UniversalBlock:
         for name, dims in family.count.tensors.items()
         if name.startswith(path + ".") and not name.startswith(experts_path + ".")
     }
+    for name, dims in followers.items():
+        if tuple(tensor_of(module, name).shape[dim] for dim in dims) != (family.experts,):
+            raise CheckpointError(
+                f"{model.config.model_type}: what follows the expert count must have one entry per expert. Got "
+                f"'{path}.{name}' of shape {list(tensor_of(module, name).shape)} for {family.experts} experts instead. "
+                f"This family needs an adapter plugin."
+            )
     rows = [name for name, dims in followers.items() if dims == (0,) and tensor_of(module, name).ndim == 2]
     if len(rows) != 1:
         raise CheckpointError(
