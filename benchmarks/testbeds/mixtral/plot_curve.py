@@ -41,7 +41,7 @@ def plot(rows: list[dict], out: Path) -> None:
             axes.axvline(sparse[0]["tokens"] / 1e6, color="black", linestyle="--", linewidth=0.8)
         upper.annotate(" upcycled", (sparse[0]["tokens"] / 1e6, upper.get_ylim()[1]), va="top")
         lower.axhline(100 / 8, color="tab:gray", linestyle=":", linewidth=0.8)
-        lower.legend(ncols=4, loc="lower right")
+        lower.legend(loc="center left")
     lower.set_ylim(bottom=0)
     lower.set_ylabel("least-used expert\n(% of assignments)")
     lower.set_xlabel("training tokens (millions)")

@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     add("--decay-share", type=float, default=0.4, help="share of the budget over which the rate falls to zero")
     add("--warmup-share", type=float, default=0.01, help="share of the budget for a warm-up, in each phase")
     add("--weight-decay", type=float, default=0.1, help="on matrices only")
-    add("--balance", type=float, default=0.02, help="coefficient of the per-layer load-balancing loss")
+    add("--balance", type=float, default=0.1, help="coefficient of the per-layer load-balancing loss")
     add("--z-loss", type=float, default=1e-3, help="coefficient of the router z-loss")
     add("--log-steps", type=int, default=25, help="steps a row of the curve averages")
     add("--save-minutes", type=float, default=5, help="time between checkpoints")
