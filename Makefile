@@ -22,6 +22,9 @@ help:
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV), TORCH_INDEX=$(TORCH_INDEX) (see README.md), WORKERS=$(WORKERS)"
 
+# The models of the tests are tiny and run side by side: more threads would only wait for each other.
+test test-slow: export OMP_NUM_THREADS = 1
+
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo.py
 

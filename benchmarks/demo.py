@@ -2,7 +2,7 @@
 
     python benchmarks/demo.py [--out runs/demo] [--write-readme]
 
-Runs `dernkit run` with three recipes on the trained Mixtral in benchmarks/testbeds/mixtral/model, loads each result in
+Runs `dernkit run` with four recipes on the trained Mixtral in benchmarks/testbeds/mixtral/model, loads each result in
 stock transformers, and prints one table: loss per domain, size, parameters.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
@@ -21,7 +22,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TESTBEDS = ROOT / "benchmarks" / "testbeds"
 MODEL = TESTBEDS / "mixtral" / "model"
-RECIPES = {"prune by gate mass": "prune-gate-mass", "DERN (paper)": "dern", "DERN (tuned)": "dern-tuned"}
+RECIPES = {
+    "prune by gate mass": "prune-gate-mass",
+    "prune by REAP": "prune-reap",
+    "DERN (paper)": "dern",
+    "DERN (tuned)": "dern-tuned",
+}
+EVALUATION = "use: perplexity, path: benchmarks/testbeds/heldout, length: 256, batch_size: 32, limit: 20000"
 PROMPT = "The president of the United States"
 
 
@@ -32,7 +39,7 @@ def run(recipe: str, out: Path) -> None:
         *("--model", str(MODEL.relative_to(ROOT)), "--out", str(out)),
         *("--set", "calibrate.source.path=benchmarks/testbeds/calibration.txt"),
         *("--set", "calibrate.length=256"),
-        *("--set", "evaluate=[{use: perplexity, path: benchmarks/testbeds/heldout, length: 256, batch_size: 32}]"),
+        *("--set", f"evaluate=[{{{EVALUATION}}}]"),
     ]
     print("$ dernkit " + " ".join(f"'{word}'" if " " in word else word for word in command[3:]), flush=True)
     done = subprocess.run(command, cwd=ROOT)
@@ -128,8 +135,6 @@ def write_readme(header: list[str], rows: list[list[str]], seconds: float) -> No
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from dernkit.artifacts import read_json
 from dernkit.models.source import SourceModel, open_source
 from dernkit.stages.apply import expert_bytes
 
@@ -33,7 +34,7 @@ def gather(
         "plan": plan,
         "evaluation": json.loads(evaluation.read_text(encoding="utf-8")) if recipe.evaluators else None,
         "calibration": {"tokens": _tokens(out / "stats.safetensors")} if calibrated else None,
-        "stages": json.loads((out / "run.json").read_text(encoding="utf-8"))["stages"],
+        "stages": read_json(out / "run.json").get("stages", {}),
         "source": describe(open_source(path, adapters, trust_remote_code=trust_remote_code)),
         "result": describe(open_source(out / "model", adapters, trust_remote_code=trust_remote_code)),
     }

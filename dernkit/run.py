@@ -85,6 +85,16 @@ class Run:
         Raises:
             DernkitError: with one sentence; what earlier stages made stays, no half output does.
         """
+        try:
+            return self._execute()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{getattr(error, 'filename', None) or self.out}: must be readable and writable while a run lasts. "
+                f"Got '{getattr(error, 'strerror', None) or reason(error)}' instead. "
+                f"Once that is mended, the same command goes on where it was."
+            ) from error
+
+    def _execute(self) -> Path:
         self._check_out()
         self._check_files()
         source = open_source(self.path, self._adapters(), trust_remote_code=self.trust_remote_code)
@@ -104,23 +114,15 @@ class Run:
     def _directory(self) -> Iterator[None]:
         """The run directory, made and locked; made for nothing (no stage came to its end), it goes again."""
         made = not self.out.exists()
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with exclusive(self.out / _LOCK_FILE):
-                try:
-                    restore(self.out / _PARTIAL / MODEL, self.out / MODEL)
-                    yield
-                except (DernkitError, OSError, SafetensorError):
-                    if made and not (self.out / RECORD).exists():
-                        self._remove()
-                    raise
-        except (OSError, SafetensorError) as error:
-            where = getattr(error, "filename", None) or self.out
-            raise CheckpointError(
-                f"{where}: must be readable and writable while a run lasts. "
-                f"Got '{getattr(error, 'strerror', None) or reason(error)}' instead. "
-                f"Once that is mended, the same command goes on where it was."
-            ) from error
+        self.out.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.out / _LOCK_FILE):
+            try:
+                restore(self.out / _PARTIAL / MODEL, self.out / MODEL)
+                yield
+            except (DernkitError, OSError, SafetensorError):
+                if made and not (self.out / RECORD).exists():
+                    self._remove()
+                raise
 
     def _remove(self) -> None:
         for name in (LOCK, _LOCK_FILE):
@@ -233,7 +235,7 @@ class Run:
                 progress=self.progress,
             )
             with self._renamed(STATS) as file:
-                calibrate.save_stats(stats, file, {"key": key})
+                calibrate.save_stats(stats, file, key)
 
         self._stage("calibrate", safetensors_key(self.out / STATS) == key, work)
         return calibrate.load_stats(self.out / STATS)
@@ -301,7 +303,7 @@ class Run:
             replace_folder(folder, self.out / MODEL)
 
         made = read_json(self.out / MODEL / MADE_FROM)
-        self._stage("apply", made.get("key") == key and whole(self.out / MODEL, made["files"]), work)
+        self._stage("apply", made.get("key") == key and whole(self.out / MODEL, made.get("files", {})), work)
 
     def _evaluate(self, fingerprint: str) -> None:
         evaluators = self.recipe.evaluators

@@ -35,13 +35,15 @@ class Perplexity:
     """
     batch_size: Annotated[int, Interval(ge=1, le=4096)] = 8
     """Windows in one forward pass."""
+    limit: Annotated[int, Interval(ge=2, le=1_000_000_000)] | None = None
+    """Read only so many bytes of each text."""
 
     def evaluate(self, subject: Subject) -> Mapping[str, float]:
         """Per domain: ``loss`` (nats per scored token), ``perplexity``, ``bits_per_byte``, ``tokens``; and means."""
         results: dict[str, float] = {}
         losses = []
         for file in self._files():
-            text = _read(file)
+            text = _read(file, self.limit)
             loss, tokens = self._loss(subject, text, file)
             losses.append(loss)
             results |= {
@@ -115,9 +117,10 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, limit: int | None) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
+        return text if limit is None else text.encode()[:limit].decode(errors="ignore")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"perplexity.path: must be UTF-8 text that can be read. Got '{file}' ({error}) instead."

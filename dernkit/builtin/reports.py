@@ -105,6 +105,8 @@ def _stages(run: Mapping[str, Any]) -> list[str]:
         [name, f"{stage['seconds']:.1f}", f"{stage['peak_bytes'] / 2**20:,.0f}"]
         for name, stage in run["stages"].items()
     ]
+    if not rows:
+        return []
     note = "Time and peak resident memory of the process when a stage last ran (one whose inputs match is skipped)."
     return ["## Stages", "", note, "", *_table(["stage", "seconds", "peak MiB"], rows)]
 

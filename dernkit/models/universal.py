@@ -57,8 +57,8 @@ def _block(model: Any, experts_path: str, family: Family) -> UniversalBlock:
         for name, dims in family.count.tensors.items()
         if name.startswith(path + ".") and not name.startswith(experts_path + ".")
     }
-    for name, dims in followers.items():
-        if tuple(tensor_of(module, name).shape[dim] for dim in dims) != (family.experts,):
+    for name, axes in followers.items():
+        if tuple(tensor_of(module, name).shape[dim] for dim in axes) != (family.experts,):
             raise CheckpointError(
                 f"{model.config.model_type}: what follows the expert count must have one entry per expert. Got "
                 f"'{path}.{name}' of shape {list(tensor_of(module, name).shape)} for {family.experts} experts instead. "

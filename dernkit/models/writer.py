@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ class ShardWriter:
 
     def _allocate(self, shard: str) -> None:
         with (self.folder / shard).open("wb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, self._size(shard))
+            _reserve(stream.fileno(), self._size(shard))
             stream.write(self._headers[shard])
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
@@ -209,6 +210,14 @@ def _raw_header(file: Path) -> bytes:
     with file.open("rb") as stream:
         length = stream.read(8)
         return length + stream.read(int.from_bytes(length, "little"))
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Disk space for the whole file, where the system can promise it; elsewhere a full disk shows in `put`."""
+    if sys.platform == "linux":
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
 
 
 def _pwrite(descriptor: int, raw: memoryview, at: int) -> None:

@@ -187,9 +187,10 @@ def began(folder: Path, key: str) -> bool:
 
 def _journal(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 class _Journal:

@@ -20,6 +20,8 @@ from dernkit.models.source import SourceModel, Stack, decoder_stack
 from dernkit.progress import Progress
 from dernkit.types import LayerStats
 
+_SAMPLE_SIZE = "sample_size"
+
 
 def calibrate_checkpoint(
     source: SourceModel,
@@ -165,13 +167,16 @@ def batched(tokens: Tensor, batch_size: int) -> list[Tensor]:
     return list(tokens.split(batch_size))
 
 
-def save_stats(stats: Mapping[int, LayerStats], file: Path, metadata: Mapping[str, str]) -> None:
-    """Write `layers.<index>.<statistic>` tensors; ``tokens`` is an int64 scalar.
+def save_stats(stats: Mapping[int, LayerStats], file: Path, key: str) -> None:
+    """Write `layers.<index>.<statistic>` tensors; ``tokens`` and `sample_size` are int64 scalars.
+
+    The file's only metadata is ``key``, the digest of what it was made from (several come out in random order).
 
     Raises:
         CheckpointError: a statistic is NaN or infinite.
     """
-    tensors = {}
+    sample_size = max((values.sample_size for values in stats.values()), default=0)
+    tensors = {_SAMPLE_SIZE: torch.tensor(sample_size)}
     for layer, values in stats.items():
         tensors[f"layers.{layer}.tokens"] = torch.tensor(values.tokens)
         tensors |= {f"layers.{layer}.{name}": value.contiguous() for name, value in values.values.items()}
@@ -181,8 +186,7 @@ def save_stats(stats: Mapping[int, LayerStats], file: Path, metadata: Mapping[st
                 f"statistics: must be finite. Got NaN or infinity in '{name}' instead. The model overflows "
                 f"on this text: set 'dtype' in config.json to float32, or take other text."
             )
-    sample_size = max((values.sample_size for values in stats.values()), default=0)
-    save_file(tensors, file, metadata=dict(metadata) | {"sample_size": str(sample_size)})
+    save_file(tensors, file, metadata={"key": key})
 
 
 def load_stats(file: Path) -> dict[int, LayerStats]:
@@ -194,8 +198,10 @@ def load_stats(file: Path) -> dict[int, LayerStats]:
     tokens: dict[int, int] = {}
     values: dict[int, dict[str, Tensor]] = {}
     with safe_open(file, "pt") as stored:
-        sample_size = int(stored.metadata()["sample_size"])
+        sample_size = int(stored.get_tensor(_SAMPLE_SIZE))
         for key in stored.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+            if key == _SAMPLE_SIZE:
+                continue
             _, layer, name = key.split(".", 2)
             tensor = stored.get_tensor(key)
             if not _finite(tensor):

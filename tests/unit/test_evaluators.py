@@ -1,0 +1,201 @@
+"""Perplexity is what its formula says, and lm-eval runs on local tasks without a network."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer
+
+from dernkit.api import RecipeError, Subject
+from dernkit.builtin.evaluators import LmEval, Perplexity
+from dernkit.testing.checkpoints import VOCABULARY, tiny_model
+from tests.unit.workbench import TEXT, save_tokenizer
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """A tiny model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    save_tokenizer(folder)
+    return Subject(tiny_model("qwen2_moe", num_hidden_layers=2), AutoTokenizer.from_pretrained(folder), folder)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "calm.txt").write_text(TEXT)
+    return tmp_path / "calm.txt"
+
+
+def nats(model: Any, ids: Tensor) -> Tensor:
+    """The loss of every token but the first in one forward pass."""
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0]
+    return cross_entropy(logits[:-1].double(), ids[1:], reduction="none")
+
+
+def test_a_text_within_one_window_is_scored_in_one_forward_pass(subject: Subject, text: Path) -> None:
+    ids = torch.tensor(subject.tokenizer(TEXT)["input_ids"])
+    losses = nats(subject.model, ids)
+    found = Perplexity(text, length=4096).evaluate(subject)
+    assert found["calm/tokens"] == len(losses) == 199
+    assert found["calm/loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert found["calm/perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-5)
+    bits = float(losses.sum()) / math.log(2) / len(TEXT.encode())
+    assert found["calm/bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert (found["mean/loss"], found["mean/perplexity"]) == (found["calm/loss"], found["calm/perplexity"])
+
+
+@pytest.mark.parametrize(("length", "stride"), [(16, None), (16, 5), (16, 15), (16, 40), (7, 1)])
+def test_every_token_is_scored_in_the_first_window_that_reaches_it(
+    subject: Subject, text: Path, length: int, stride: int | None
+) -> None:
+    ids = torch.tensor(subject.tokenizer(TEXT)["input_ids"])
+    step, losses = min(stride or length - 1, length - 1), {}
+    for start in range(0, len(ids), step):
+        for offset, loss in enumerate(nats(subject.model, ids[start : start + length])):
+            losses.setdefault(start + offset + 1, loss)
+    assert len(losses) == len(ids) - 1
+    found = Perplexity(text, length=length, stride=stride, batch_size=3).evaluate(subject)
+    assert found["calm/tokens"] == len(ids) - 1
+    assert found["calm/loss"] == pytest.approx(float(sum(losses.values())) / len(losses), rel=1e-5)
+
+
+class Counting:
+    """A model of the sequence 0, 1, 2, …: it predicts token t with the probability exp(-t / 64)."""
+
+    def get_input_embeddings(self) -> Any:
+        return SimpleNamespace(num_embeddings=64)
+
+    def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
+        following = input_ids + 1
+        share = torch.exp(-following.double() / 64)
+        logits = torch.full((*input_ids.shape, 65), -math.inf, dtype=torch.float64)
+        logits[..., 64] = torch.log1p(-share)
+        return SimpleNamespace(logits=logits.scatter(2, following[..., None], share.log()[..., None]))
+
+
+@settings(deadline=None)
+@given(count=st.integers(2, 60), length=st.integers(2, 20), stride=st.integers(1, 25), batch=st.integers(1, 5))
+def test_with_any_stride_every_token_but_the_first_is_scored_once(
+    tmp_path_factory: pytest.TempPathFactory, count: int, length: int, stride: int, batch: int
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "counting.txt"
+    file.write_text("x")
+    counting = Subject(Counting(), lambda text, verbose: {"input_ids": list(range(count))}, file.parent)
+    found = Perplexity(file, length=length, stride=stride, batch_size=batch).evaluate(counting)
+    assert found["counting/tokens"] == count - 1
+    assert found["counting/loss"] == pytest.approx(sum(range(1, count)) / 64 / (count - 1), rel=1e-5)
+
+
+def test_a_folder_gives_metrics_by_domain_and_their_mean(subject: Subject, tmp_path: Path) -> None:
+    for name, words in (("law", TEXT[:200]), ("code", TEXT[200:300])):
+        (tmp_path / f"{name}.txt").write_text(words)
+    (tmp_path / "notes.md").write_text("not read")
+    found = Perplexity(tmp_path).evaluate(subject)
+    apart = {name: Perplexity(tmp_path / f"{name}.txt").evaluate(subject) for name in ("law", "code")}
+    mean = (apart["law"]["law/loss"] + apart["code"]["code/loss"]) / 2
+    domains = {key: value for result in apart.values() for key, value in result.items() if "mean" not in key}
+    assert found == {**domains, "mean/loss": mean, "mean/perplexity": math.exp(mean)}
+
+
+def test_a_load_balancing_loss_is_not_counted(subject: Subject, text: Path) -> None:
+    plain = Perplexity(text).evaluate(subject)
+    model = tiny_model("qwen2_moe", num_hidden_layers=2, output_router_logits=True, router_aux_loss_coef=10.0)
+    assert Perplexity(text).evaluate(Subject(model, subject.tokenizer, subject.path)) == plain
+
+
+def test_a_hopeless_model_has_an_infinite_perplexity(text: Path) -> None:
+    def model(input_ids: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=torch.full((*input_ids.shape, 96), 0.0).index_fill(2, torch.tensor([95]), 1e4))
+
+    model.get_input_embeddings = lambda: SimpleNamespace(num_embeddings=VOCABULARY)  # type: ignore[attr-defined]
+    found = Perplexity(text).evaluate(Subject(model, lambda text, verbose: {"input_ids": [1] * 9}, text))
+    assert (found["calm/loss"], found["calm/perplexity"]) == (1e4, math.inf)
+
+
+REFUSED = {
+    "nothing there": ("none.txt", "must be a text file or a folder of *.txt. Got '{path}' instead."),
+    "a folder without texts": ("empty", "must be a text file or a folder of *.txt. Got '{path}' instead."),
+    "one token": ("short.txt", "texts must have at least 2 tokens. Got 1 in '{path}' instead."),
+    "not text": ("binary.txt", "must be UTF-8 text that can be read. Got '{path}' ('utf-8' codec"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_texts_that_cannot_be_scored_are_refused(subject: Subject, tmp_path: Path, case: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.txt").write_text("w1")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    name, words = REFUSED[case]
+    with pytest.raises(RecipeError) as caught:
+        Perplexity(tmp_path / name).evaluate(subject)
+    assert str(caught.value).startswith(f"perplexity.path: {words.format(path=tmp_path / name)}")
+
+
+TASK = """\
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with one task and its data; lm-eval's thousands of own tasks are not indexed."""
+    lm_tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setattr(lm_tasks, "TaskManager", functools.partial(lm_tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"question": f"w{i} w{i + 1}", "choices": ["w3", "w4 w5"], "label": i % 2} for i in range(6)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/tiny.yaml").write_text(TASK.replace("FILE", str(tmp_path / "data.jsonl")))
+    yield tmp_path / "tasks"
+
+
+def test_lm_eval_runs_a_local_task(subject: Subject, tasks: Path) -> None:
+    found = LmEval(("tiny_choice",), include_path=tasks, batch_size=2, bootstrap=0).evaluate(subject)
+    assert found["tiny_choice/samples"] == 6
+    assert 0 <= found["tiny_choice/acc"] <= 1
+    right = 0
+    for i in range(6):
+        scores = [choice_score(subject, f"w{i} w{i + 1}", choice) for choice in ("w3", "w4 w5")]
+        right += scores.index(max(scores)) == i % 2
+    assert found["tiny_choice/acc"] == right / 6
+
+
+def choice_score(subject: Subject, question: str, choice: str) -> float:
+    """Summed log-likelihood of the choice after the question."""
+    ids = torch.tensor(subject.tokenizer(f"{question} {choice}")["input_ids"])
+    return -float(nats(subject.model, ids)[-len(choice.split()) :].sum())
+
+
+def test_an_unknown_task_is_refused(subject: Subject, tasks: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        LmEval(("tiny_choice", "arc_esay"), include_path=tasks).evaluate(subject)
+    assert str(caught.value) == (
+        "lm-eval.tasks: must be tasks that lm-eval knows. Got 'arc_esay' instead. List them with: lm_eval ls tasks"
+    )
+
+
+def test_a_task_without_its_data_is_refused(subject: Subject, tasks: Path) -> None:
+    (tasks.parent / "data.jsonl").unlink()
+    with pytest.raises(RecipeError, match=r"^lm-eval\.tasks: must run to their end\. Got 'FileNotFoundError: Unable"):
+        LmEval(("tiny_choice",), include_path=tasks).evaluate(subject)
