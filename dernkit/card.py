@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def render(model: str, recipe: Recipe, plans: Sequence[LayerPlan]) -> str:
     """README.md of the output: what it was made from, how, and which experts it has; no time and no path."""
-    name = model.rstrip("/").rpartition("/")[2]
+    name = Path(model).resolve().name if Path(model).exists() else model
     text = yaml.safe_dump(_without_paths(recipe.resolved()), sort_keys=False, width=100, default_flow_style=None)
     kept = "\n".join(f"| {plan.layer} | {', '.join(map(str, plan.kept.tolist()))} |" for plan in plans)
     return f"""---

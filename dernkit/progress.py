@@ -63,7 +63,7 @@ class _LineTracker:
     def advance(self, steps: int = 1, note: str = "") -> None:
         self._done += steps
         now = time.monotonic()
-        if now - self._last >= self._every:
+        if now - self._last >= self._every and self._done < self._total:
             self._last = now
             rate = self._done / (now - self._start)
             left = (self._total - self._done) / rate if rate else 0.0
