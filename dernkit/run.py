@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,22 +14,20 @@ from safetensors import SafetensorError
 
 from dernkit import card
 from dernkit.artifacts import (
-    exclusive,
     fresh,
     json_key,
     publish,
     read_json,
     refuse_broken,
     replace_folder,
-    restore,
     safetensors_key,
     sizes,
     whole,
 )
 from dernkit.digest import content_digests, digest, file_digest, missing_paths
-from dernkit.errors import CheckpointError, DernkitError, RecipeError
+from dernkit.directory import EVAL, LOCK, MODEL, MOVES, PLAN, STATS, RunDirectory
+from dernkit.errors import CheckpointError, RecipeError
 from dernkit.gather import gather
-from dernkit.memory import measured
 from dernkit.models.folder import RECORD as MADE_FROM
 from dernkit.models.folder import other_files
 from dernkit.models.source import SourceModel, open_source
@@ -43,16 +38,6 @@ from dernkit.sentences import reason
 from dernkit.stages import apply, calibrate, evaluate, plan
 from dernkit.types import LayerStats
 
-LOCK, STATS, PLAN, MOVES, MODEL, EVAL, RECORD = (
-    "recipe.lock.yaml",
-    "stats.safetensors",
-    "plan.json",
-    "plan.safetensors",
-    "model",
-    "eval.json",
-    "run.json",
-)
-_PARTIAL, _LOCK_FILE = ".partial", ".lock"
 _TOKENIZER = ("token*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
 _VERSIONED = ("dernkit", "torch", "transformers", "safetensors")
 
@@ -79,6 +64,10 @@ class Run:
     progress: Progress
     trust_remote_code: bool = False
 
+    @property
+    def _place(self) -> RunDirectory:
+        return RunDirectory(self.out)
+
     def execute(self) -> Path:
         """All stages; returns the report's path.
 
@@ -95,11 +84,11 @@ class Run:
             ) from error
 
     def _execute(self) -> Path:
-        self._check_out()
+        self._place.check(self.path)
         self._check_files()
         source = open_source(self.path, self._adapters(), trust_remote_code=self.trust_remote_code)
         plan.check_keep(source, self.recipe.plan)
-        with self._directory():
+        with self._place.locked():
             fingerprint = source.fingerprint()
             self._write_lock(fingerprint)
             stats = self._calibrate(source, fingerprint)
@@ -107,52 +96,11 @@ class Run:
             self._apply(source, fingerprint)
             self._evaluate(fingerprint)
             report = self._report()
-            shutil.rmtree(self.out / _PARTIAL, ignore_errors=True)
+            self._place.tidy()
             return report
-
-    @contextmanager
-    def _directory(self) -> Iterator[None]:
-        """The run directory, made and locked; made for nothing (no stage came to its end), it goes again."""
-        made = not self.out.exists()
-        self.out.mkdir(parents=True, exist_ok=True)
-        with exclusive(self.out / _LOCK_FILE):
-            try:
-                restore(self.out / _PARTIAL / MODEL, self.out / MODEL)
-                yield
-            except (DernkitError, OSError, SafetensorError):
-                if made and not (self.out / RECORD).exists():
-                    self._remove()
-                raise
-
-    def _remove(self) -> None:
-        for name in (LOCK, _LOCK_FILE):
-            (self.out / name).unlink(missing_ok=True)
-        shutil.rmtree(self.out / _PARTIAL, ignore_errors=True)
-        with suppress(OSError):  # somebody has put something else there
-            self.out.rmdir()
 
     def _adapters(self) -> list[Any]:
         return [component.cls() for component in self.registry.components("adapter")]
-
-    def _check_out(self) -> None:
-        out, path = self.out.resolve(), self.path.resolve()
-        if out == path or path in out.parents:
-            raise CheckpointError(
-                f"--out: must lie outside the model's directory. Got '{self.out}', which is inside '{self.path}', "
-                f"instead. Choose another directory."
-            )
-        if out in path.parents:
-            raise CheckpointError(
-                f"--out: must not hold the model that is read. Got '{self.out}' for '{self.path}' instead. "
-                f"Choose another directory."
-            )
-        if out.exists() and not out.is_dir():
-            raise CheckpointError(f"--out: must be a directory. Got the file '{self.out}' instead.")
-        if out.is_dir() and any(out.iterdir()) and not (out / LOCK).exists() and not (out / _LOCK_FILE).exists():
-            raise CheckpointError(
-                f"--out: must be empty, new, or an earlier run. Got '{self.out}', which holds other files, instead. "
-                f"Choose another directory."
-            )
 
     def _check_files(self) -> None:
         """Files that the recipe names are there before anything expensive starts."""
@@ -179,7 +127,7 @@ class Run:
             "versions": {name: metadata.version(name) for name in _VERSIONED},
         }
         text = yaml.safe_dump(lock, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
-        self._write(LOCK, text)
+        self._place.write(LOCK, text)
 
     def components(self) -> list[Any]:
         """Registered components of everything that the recipe uses, nested ones included, by kind and name."""
@@ -234,10 +182,10 @@ class Run:
                 seed=self.recipe.seed,
                 progress=self.progress,
             )
-            with self._renamed(STATS) as file:
+            with self._place.renamed(STATS) as file:
                 calibrate.save_stats(stats, file, key)
 
-        self._stage("calibrate", safetensors_key(self.out / STATS) == key, work)
+        self._place.stage("calibrate", safetensors_key(self.out / STATS) == key, work)
         return calibrate.load_stats(self.out / STATS)
 
     def _plan(self, source: SourceModel, stats: dict[int, LayerStats], fingerprint: str) -> None:
@@ -258,7 +206,7 @@ class Run:
                 "recipe": self.recipe.resolved()["plan"],
                 "components": [c.provenance.origin for c in self.components()],
             }
-            folder = self.out / _PARTIAL / "plan"
+            folder = self._place.partial / "plan"
             fresh(folder)
             plan.save_plan(plans, folder, header, stats)
             publish(folder / MOVES, self.out / MOVES)
@@ -266,7 +214,7 @@ class Run:
 
         refuse_broken(self.out / PLAN)
         keys = {json_key(self.out / PLAN), safetensors_key(self.out / MOVES)}
-        self._stage("plan", keys == {key}, work)
+        self._place.stage("plan", keys == {key}, work)
 
     def _apply_key(self, fingerprint: str) -> str:
         return digest(
@@ -283,7 +231,7 @@ class Run:
         key = self._apply_key(fingerprint)
 
         def work() -> None:
-            folder = self.out / _PARTIAL / MODEL
+            folder = self._place.partial / MODEL
             if not apply.began(folder, key):
                 fresh(folder)
             plans = plan.load_plan(self.out)
@@ -303,7 +251,7 @@ class Run:
             replace_folder(folder, self.out / MODEL)
 
         made = read_json(self.out / MODEL / MADE_FROM)
-        self._stage("apply", made.get("key") == key and whole(self.out / MODEL, made.get("files", {})), work)
+        self._place.stage("apply", made.get("key") == key and whole(self.out / MODEL, made.get("files", {})), work)
 
     def _evaluate(self, fingerprint: str) -> None:
         evaluators = self.recipe.evaluators
@@ -321,36 +269,12 @@ class Run:
                 )
                 for name, path in (("before", self.path), ("after", self.out / MODEL))
             }
-            self._write(EVAL, json.dumps({"key": key, **results}, indent=1) + "\n")
+            self._place.write(EVAL, json.dumps({"key": key, **results}, indent=1) + "\n")
 
-        self._stage("evaluate", not evaluators or json_key(self.out / EVAL) == key, work)
+        self._place.stage("evaluate", not evaluators or json_key(self.out / EVAL) == key, work)
 
     def _report(self) -> Path:
         report = self.recipe.report
         facts = gather(self.out, self.path, self.model, self._adapters(), self.recipe, self.trust_remote_code)
-        self._write(report.filename, report.render(facts))
+        self._place.write(report.filename, report.render(facts))
         return self.out / report.filename
-
-    def _stage(self, name: str, done: bool, work: Callable[[], None]) -> None:
-        if done:
-            return
-        (self.out / _PARTIAL).mkdir(exist_ok=True)
-        with measured() as cost:
-            work()
-        stages = read_json(self.out / RECORD).get("stages", {}) | {name: asdict(cost)}
-        self._write(RECORD, json.dumps({"stages": stages}, indent=1) + "\n")
-
-    def _write(self, name: str, text: str) -> None:
-        """A text file, replaced as a whole; one that has this text already is left alone."""
-        place = self.out / name
-        if not place.exists() or place.read_bytes() != text.encode():
-            with self._renamed(name) as file:
-                file.write_text(text, encoding="utf-8")
-
-    @contextmanager
-    def _renamed(self, name: str) -> Iterator[Path]:
-        """A temporary file that takes its place when the block ends without an error."""
-        temporary = self.out / _PARTIAL / name
-        temporary.parent.mkdir(exist_ok=True)
-        yield temporary
-        publish(temporary, self.out / name)
