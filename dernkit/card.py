@@ -27,7 +27,7 @@ tags: [mixture-of-experts, dernkit, expert-pruning]
 ---
 # {name}, {len(plans[0].kept)} of {plans[0].experts} experts
 
-Made from `{name}` by [dernkit](https://pypi.org/project/dernkit/) {metadata.version("dernkit")} without training:
+Made from `{name}` by dernkit {metadata.version("dernkit")} without training:
 every MoE layer keeps {len(plans[0].kept)} of {plans[0].experts} experts. It loads in stock transformers. The source's
 licence applies; its own card, if it has one, is `{SOURCE_CARD}`.
 

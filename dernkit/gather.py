@@ -42,7 +42,7 @@ def gather(
 
 def describe(source: SourceModel) -> dict[str, Any]:
     """Sizes and routing of a checkpoint, from headers and config alone."""
-    store, blocks = source.open()
+    store, blocks = source.outline
     dims = blocks[0].dims
     entries = source.checkpoint.tensors.values()
     return {

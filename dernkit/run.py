@@ -255,21 +255,22 @@ class Run:
 
     def _evaluate(self, fingerprint: str) -> None:
         evaluators = self.recipe.evaluators
-        key = digest(
+        measured_by = digest(
             self.recipe.resolved()["evaluate"],
             [content_digests(evaluator) for evaluator in evaluators],
-            self._apply_key(fingerprint),
             self._versions("evaluator"),
         )
+        key, before_key = digest(measured_by, self._apply_key(fingerprint)), digest(measured_by, fingerprint)
 
         def work() -> None:
-            results = {
-                name: evaluate.evaluate(
-                    path, evaluators, self.progress, what=name, trust_remote_code=self.trust_remote_code
-                )
-                for name, path in (("before", self.path), ("after", self.out / MODEL))
-            }
-            self._place.write(EVAL, json.dumps({"key": key, **results}, indent=1) + "\n")
+            earlier = read_json(self.out / EVAL)
+            results = {"before": earlier["before"]} if earlier.get("before_key") == before_key else {}
+            for name, path in (("before", self.path), ("after", self.out / MODEL)):
+                if name not in results:
+                    results[name] = evaluate.evaluate(
+                        path, evaluators, self.progress, what=name, trust_remote_code=self.trust_remote_code
+                    )
+            self._place.write(EVAL, json.dumps({"key": key, "before_key": before_key, **results}, indent=1) + "\n")
 
         self._place.stage("evaluate", not evaluators or json_key(self.out / EVAL) == key, work)
 

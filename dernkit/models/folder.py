@@ -69,7 +69,7 @@ def verify(folder: Path, source: SourceModel, experts: int) -> SourceModel:
         CheckpointError: they do not (nothing is published then).
     """
     result = open_source(folder, source.adapters, trust_remote_code=source.trust_remote_code)
-    _, blocks = result.open()
+    _, blocks = result.outline
     counts = {block.dims.experts for block in blocks}
     if counts != {experts}:
         raise CheckpointError(

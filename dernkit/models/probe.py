@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dernkit.errors import CheckpointError
 
@@ -34,9 +35,28 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """``torch.empty`` without a device allocates nothing.
+
+    `init_empty_weights` moves a parameter to the meta device after it was made: before that, the experts of one
+    DeepSeek-V3 layer would take 30 GB. Buffers are computed (``arange``, ``zeros``), not left empty, and stay real.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
 def build_on_meta(model_class: type[nn.Module], config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model with parameters on the meta device; buffers (rotary frequencies) are real."""
-    with init_empty_weights(include_buffers=False), default_dtype(dtype), warnings.catch_warnings():
+    """The model with parameters on the meta device, never allocated; buffers (rotary frequencies) are real."""
+    with (
+        init_empty_weights(include_buffers=False),
+        _EmptyOnMeta(),
+        default_dtype(dtype),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         return model_class(copy.deepcopy(config)).eval()
 

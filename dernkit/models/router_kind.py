@@ -27,8 +27,16 @@ def router_kind(router: Any, hidden: int) -> str:
             logits, weights, chosen = module(torch.randn(64, hidden, generator=rng))
         except (TypeError, ValueError, RuntimeError):
             return "not the usual (logits, weights, indices) of hidden states alone"
-    corrected = any(tensor.ndim == 1 for tensor in (*module.parameters(), *module.buffers()))
-    return _describe(logits.double(), weights.double(), chosen) + (" + correction bias" if corrected else "")
+    return _describe(logits.double(), weights.double(), chosen) + _bias(module, logits.shape[1])
+
+
+def _bias(module: Any, experts: int) -> str:
+    """A correction bias takes part in the choice alone; a plain one is in the logits."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    names = [name for name, tensor in tensors if tensor.numel() == experts]
+    if any("correction" in name for name in names):
+        return " + correction bias"
+    return " + bias" if any(name.endswith("bias") for name in names) else ""
 
 
 def _describe(logits: Tensor, weights: Tensor, chosen: Tensor) -> str:

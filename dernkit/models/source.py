@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dernkit.sentences import did_you_mean, reason, shown
 _COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SourceModel:
     """A checkpoint that dernkit has understood well enough to compress."""
 
@@ -45,12 +46,27 @@ class SourceModel:
         counts = Counter(entry.dtype for entry in self.checkpoint.tensors.values() if "F" in entry.dtype)
         return TORCH_DTYPES[counts.most_common(1)[0][0]]
 
+    @cached_property
+    def outline(self) -> tuple[Store, list[Block]]:
+        """A store and blocks for sizes and names: nothing is loaded through them. (A checkpoint of 90,000 tensors
+        takes seconds to match with its model, so this is done once.)
+        """
+        return self.open()
+
     def open(self, *, keep_dtypes: bool = False) -> tuple[Store, list[Block]]:
-        """A fresh store over the checkpoint and the blocks of its model."""
+        """A fresh store over the checkpoint and the blocks of its model.
+
+        Raises:
+            CheckpointError: config, checkpoint and adapters do not fit together.
+        """
         with quiet_transformers():
-            model: Any = build_on_meta(self.model_class, self.config, self.dtype)
+            try:
+                model: Any = build_on_meta(self.model_class, self.config, self.dtype)
+            except Exception as error:  # transformers raises many kinds; each means that the fields do not fit together
+                raise _not_understood(self.path, error) from None
+            blocks = find_blocks(model, self.adapters)
         model.set_experts_implementation("eager")
-        return Store(model, self.checkpoint, keep_dtypes=keep_dtypes), find_blocks(model, self.adapters)
+        return Store(model, self.checkpoint, keep_dtypes=keep_dtypes), blocks
 
     def fingerprint(self) -> str:
         """Digest of config, tensor layout and evenly spaced samples of the weights (all bytes would take minutes)."""
@@ -100,13 +116,8 @@ def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: b
     source = SourceModel(
         path, config, open_checkpoint(path), _model_class(config, trust_remote_code), tuple(adapters), trust_remote_code
     )
-    with quiet_transformers():
-        try:
-            model = build_on_meta(source.model_class, config, source.dtype)
-        except Exception as error:  # and here: each means that the fields do not fit together
-            raise _not_understood(path, error) from None
-        for block in find_blocks(model, source.adapters):
-            _check_routing(path, block)
+    for block in source.outline[1]:
+        _check_routing(path, block)
     return source
 
 

@@ -50,7 +50,7 @@ def check_keep(source: SourceModel, decisions: Decisions) -> None:
     Raises:
         CheckpointError: ``keep`` is below top-k, above the count, or no multiple of the groups.
     """
-    _, blocks = source.open()
+    _, blocks = source.outline
     for block in blocks:
         kept_count(decisions.keep, limits(block.dims))
 

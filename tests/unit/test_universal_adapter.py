@@ -6,6 +6,8 @@ import pytest
 import transformers
 
 from dernkit.errors import CheckpointError
+from dernkit.memory import measured, peak_bytes
+from dernkit.models.probe import build_on_meta
 from dernkit.models.source import find_blocks
 from dernkit.models.universal import Universal
 from dernkit.testing.checkpoints import FAMILIES, tiny_model
@@ -79,3 +81,13 @@ def test_experts_that_transformers_does_not_declare_are_refused():
     )
     with pytest.raises(CheckpointError, match="jetmoe: experts must be declared by transformers' experts interface"):
         find_blocks(transformers.JetMoeForCausalLM(config), [Universal()])
+
+
+def test_a_model_of_any_size_is_understood_without_allocating_it():
+    """DeepSeek-V3 as published: 671 billion parameters, 61 layers, 256 experts."""
+    config = transformers.DeepseekV3Config()
+    with measured() as cost:
+        before = peak_bytes()
+        blocks = find_blocks(build_on_meta(transformers.DeepseekV3ForCausalLM, config), [Universal()])
+    assert (len(blocks), blocks[0].dims.experts, blocks[0].dims.groups) == (58, 256, 8)
+    assert cost.peak_bytes - before < 2e9
