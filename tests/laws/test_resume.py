@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from tests.laws.moments import Moments, State, put_back
 from tests.unit.workbench import DERN, Workbench, hashes, results, stages
 
 JOURNAL = ".partial/model/.journal.json"
-MAIN = "from dernkit.cli import main; main(prog_name='dernkit')"
 
 
 @pytest.fixture(scope="module")
@@ -101,21 +99,37 @@ def test_no_moment_loses_an_earlier_model(tmp_path: Path) -> None:
     assert {file.name: file.read_bytes() for file in (bench.out / "model").iterdir()} == old
 
 
+KILLED = """
+import os, signal
+from dernkit.cli import main
+from dernkit.stages import apply
+
+compress_layer = apply.compress_layer
+
+def compress_only_layer_0(bank, plan, *arguments):
+    if plan.layer == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return compress_layer(bank, plan, *arguments)
+
+apply.compress_layer = compress_only_layer_0
+main(prog_name="dernkit")
+"""
+
+
 def test_a_process_that_is_killed_is_gone_on_with(
     bench: Workbench, moments: Moments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    arguments = ["run", str(bench.recipe), "--model", str(bench.model), "--out", str(out)]
-    command, one_thread = [sys.executable, "-c", MAIN, *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=one_thread, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (out / JOURNAL).exists():
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert not (out / "model").exists()
-    monkeypatch.setattr(bench, "out", out)
+    expected = artifacts(moments.out)
+    monkeypatch.setattr(bench, "out", tmp_path / "out")
+    arguments = ["run", str(bench.recipe), "--model", str(bench.model), "--out", str(bench.out)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], env=one_thread, capture_output=True, timeout=300
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not (bench.out / "model").exists()
     assert stages(bench.run()) == ["apply"]
-    assert artifacts(out) == artifacts(moments.out)
+    assert artifacts(bench.out) == expected
 
 
 def test_layers_that_are_done_are_not_done_again(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
