@@ -9,10 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from dernkit.artifacts import exclusive, publish, read_json, restore
-from dernkit.errors import CheckpointError, DernkitError
+from dernkit.errors import CheckpointError
 from dernkit.memory import measured
 
 LOCK, STATS, PLAN, MOVES, MODEL, EVAL, RECORD = (
@@ -51,7 +49,7 @@ class RunDirectory:
             try:
                 restore(self.partial / MODEL, self.out / MODEL)
                 yield
-            except (DernkitError, OSError, SafetensorError):
+            except Exception:
                 if made and not (self.out / RECORD).exists():
                     self._remove()
                 raise

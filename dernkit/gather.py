@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,8 @@ if TYPE_CHECKING:
     from dernkit.recipe import Recipe
 
 
-def gather(
-    out: Path, path: Path, model: str, adapters: Sequence[Any], recipe: Recipe, trust_remote_code: bool
-) -> dict[str, Any]:
-    """Read the artifacts of the run directory ``out`` made from the model in ``path``."""
+def gather(out: Path, source: SourceModel, model: str, recipe: Recipe) -> dict[str, Any]:
+    """Read the artifacts of the run directory ``out`` made from ``source``, which the user called ``model``."""
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     evaluation = out / "eval.json"
     calibrated = recipe.calibrate is not None and bool(recipe.requires)
@@ -35,8 +32,10 @@ def gather(
         "evaluation": json.loads(evaluation.read_text(encoding="utf-8")) if recipe.evaluators else None,
         "calibration": {"tokens": _tokens(out / "stats.safetensors")} if calibrated else None,
         "stages": read_json(out / "run.json").get("stages", {}),
-        "source": describe(open_source(path, adapters, trust_remote_code=trust_remote_code)),
-        "result": describe(open_source(out / "model", adapters, trust_remote_code=trust_remote_code)),
+        "source": describe(source),
+        "result": describe(
+            open_source(out / "model", source.adapters, trust_remote_code=source.trust_remote_code),
+        ),
     }
 
 

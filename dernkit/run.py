@@ -95,7 +95,7 @@ class Run:
             self._plan(source, stats, fingerprint)
             self._apply(source, fingerprint)
             self._evaluate(fingerprint)
-            report = self._report()
+            report = self._report(source)
             self._place.tidy()
             return report
 
@@ -274,8 +274,8 @@ class Run:
 
         self._place.stage("evaluate", not evaluators or json_key(self.out / EVAL) == key, work)
 
-    def _report(self) -> Path:
+    def _report(self, source: SourceModel) -> Path:
         report = self.recipe.report
-        facts = gather(self.out, self.path, self.model, self._adapters(), self.recipe, self.trust_remote_code)
+        facts = gather(self.out, source, self.model, self.recipe)
         self._place.write(report.filename, report.render(facts))
         return self.out / report.filename
