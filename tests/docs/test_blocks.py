@@ -50,8 +50,6 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page: Path, here: Path, re
         elif block.language == "yaml":
             check_recipe(block, here, registry)
         elif block.language == "console":
-            if "mixtral/model" in block.text and not workspace.BUNDLED.exists():
-                pytest.skip("the bundled model is not there")
             for command, expected in console.sessions(block.text):
                 console.check(command, expected)
         elif block.language == "toml":
