@@ -62,14 +62,6 @@ def build_on_meta(model_class: type[nn.Module], config: Any, dtype: torch.dtype 
 
 
 @dataclass(frozen=True, slots=True)
-class Follower:
-    """A tensor whose dimension ``dim`` follows a config field, by its in-memory name."""
-
-    name: str
-    dim: int
-
-
-@dataclass(frozen=True, slots=True)
 class Probe:
     """What changes in a model when one config field is doubled."""
 

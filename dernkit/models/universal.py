@@ -72,8 +72,13 @@ def _block(model: Any, experts_path: str, family: Family) -> UniversalBlock:
         )
     router = module.get_submodule(rows[0].rpartition(".")[0])
     number = re.search(r"\.(\d+)(\.|$)", path)
+    if number is None:
+        raise CheckpointError(
+            f"{model.config.model_type}: MoE blocks must lie in numbered decoder layers. Got '{path}' instead. "
+            f"This family needs an adapter plugin."
+        )
     dims = LayerDims(
-        layer=int(number.group(1)) if number else 0,
+        layer=int(number.group(1)),
         experts=family.experts,
         top_k=_top_k(model.config, router, module),
         width=family.blocks_width,

@@ -57,6 +57,14 @@ def test_a_text_within_one_window_is_scored_in_one_forward_pass(subject: Subject
     assert (found["mean/loss"], found["mean/perplexity"]) == (found["calm/loss"], found["calm/perplexity"])
 
 
+def test_a_limit_reads_the_beginning_of_a_text_in_whole_characters(subject: Subject, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(f"{TEXT[:99]}é{TEXT}", encoding="utf-8")  # byte 100 is inside the é
+    (tmp_path / "cut.txt").write_text(TEXT[:99], encoding="utf-8")
+    long = Perplexity(tmp_path / "long.txt", limit=100).evaluate(subject)
+    cut = Perplexity(tmp_path / "cut.txt").evaluate(subject)
+    assert list(long.values()) == list(cut.values())
+
+
 @pytest.mark.parametrize(("length", "stride"), [(16, None), (16, 5), (16, 15), (16, 40), (7, 1)])
 def test_every_token_is_scored_in_the_first_window_that_reaches_it(
     subject: Subject, text: Path, length: int, stride: int | None
