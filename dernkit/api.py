@@ -218,12 +218,27 @@ class Block(Protocol):
         """What the router does with its logits, in words."""
         ...
 
+    def width_kind(self) -> str:
+        """Whether the expert width can change, and what follows it, in words."""
+        ...
+
     def tensors(self) -> Mapping[str, Tensor]:
-        """Every tensor that surgery touches, by its in-memory name in the model."""
+        """Every tensor that follows the expert count, by its in-memory name in the model."""
+        ...
+
+    def modules(self, width: int) -> Sequence[str]:
+        """Paths of the modules that surgery to experts of ``width`` neurons reads: they must be real for it."""
         ...
 
     def resized(self, compressed: CompressedLayer) -> Mapping[str, Tensor]:
-        """The same tensors after surgery. Raises CheckpointError when the family's width cannot change."""
+        """Those tensors after surgery, and all that follows the width if that changes.
+
+        Raises CheckpointError when the family's width cannot change.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raises CheckpointError when the bank's experts do not compute what the model's own forward does."""
         ...
 
     def replace(self, compressed: CompressedLayer) -> None:

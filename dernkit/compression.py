@@ -14,7 +14,7 @@ from dernkit.progress import Progress, Silent
 from dernkit.recipe import Recipe, bind_recipe, load_recipe
 from dernkit.registry import Registry
 from dernkit.stages.apply import apply_live
-from dernkit.stages.calibrate import calibrate_live
+from dernkit.stages.calibrate import calibrate_live, eager_experts
 from dernkit.stages.plan import plan_blocks
 from dernkit.types import LayerPlan, LayerStats
 
@@ -60,8 +60,9 @@ def compress(
         stats = calibrate_live(
             model, blocks, tokens, bound.requires, sample_size=sample, seed=bound.seed, progress=progress
         )
-    plans = plan_blocks(blocks, bound.plan, stats, _Loaded(), progress)
-    apply_live(model, blocks, plans, bound.apply.merge, bound.apply.router, bound.seed)
+    with eager_experts(model):
+        plans = plan_blocks(blocks, bound.plan, stats, _Loaded(), progress)
+    apply_live(model, blocks, plans, bound.apply.merge, bound.apply.router, seed=bound.seed)
     return plans
 
 

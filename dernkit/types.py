@@ -53,6 +53,18 @@ class LayerDims:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The weights of one layer's routed experts as canonical tensors."""
+
+    gate: Float[Tensor, "experts width hidden"] | None
+    up: Float[Tensor, "experts width hidden"]
+    down: Float[Tensor, "experts hidden width"]
+    gate_bias: Float[Tensor, "experts width"] | None = None
+    up_bias: Float[Tensor, "experts width"] | None = None
+    down_bias: Float[Tensor, "experts hidden"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertBank:
     """All routed experts of one layer as canonical tensors in the checkpoint's dtype (views where possible)."""
 
@@ -67,6 +79,12 @@ class ExpertBank:
     per_expert: Mapping[str, Tensor]
     """Other tensors with one entry per expert (correction biases, scales), by in-memory name: sliced, never summed."""
     act: Activation
+    finish: Callable[[Tensor], Tensor] | None = None
+    """What follows the down projection inside an expert, the same for all of them (a norm): ``[n, H] -> [n, H]``."""
+    coefficient_on_input: bool = False
+    """Whether the model computes ``E_e(c x)`` (Llama-4) instead of ``c E_e(x)``."""
+    tables: Mapping[str, Int64[Tensor, "tokens top_k"]] = field(default_factory=dict)
+    """Tables of expert numbers (DeepSeek-V4's hash routing), by in-memory name: rewritten when experts go."""
 
     @property
     def has_bias(self) -> bool:
@@ -100,7 +118,8 @@ class ExpertBank:
         if self.gate is not None:
             gate = _linear(x, self.gate[expert], None if self.gate_bias is None else self.gate_bias[expert])
         neurons = self.act(gate, up)
-        return _linear(neurons, self.down[expert], None if self.down_bias is None else self.down_bias[expert])
+        out = _linear(neurons, self.down[expert], None if self.down_bias is None else self.down_bias[expert])
+        return out if self.finish is None else self.finish(out)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,11 +128,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 STATISTICS: Mapping[str, str] = {
-    "routed": "[E] tokens for which the router chose the expert",
-    "gate_sum": "[E] sum of the coefficient with which the model multiplies the expert's output",
+    "routed": "[E] tokens for which the router chose the expert with a coefficient other than 0",
+    "gate_sum": "[E] sum of the coefficient with which the model multiplies the expert's output (or input)",
     "output_norm_sum": "[E] sum of ||E_e(x)||_2 over routed tokens",
     "output_sq_sum": "[E] sum of ||E_e(x)||_2^2 over routed tokens",
-    "reap_sum": "[E] sum of coefficient * ||E_e(x)||_2 over routed tokens",
+    "reap_sum": "[E] sum of the norm of what the expert adds, coefficient * ||E_e(x)||_2, over routed tokens",
     "output_sum": "[E, H] sum of E_e(x) over routed tokens",
     "sample": "[n, H] seeded reservoir of the layer's inputs, with its keys in `sample_key` [n]",
 }

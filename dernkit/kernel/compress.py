@@ -12,19 +12,39 @@ from dernkit.api import Merge, Router
 from dernkit.errors import CheckpointError, ContractError, RecipeError
 from dernkit.kernel.seeding import generator
 from dernkit.kernel.segments import ExpertTensors, finite_segments, split
+from dernkit.kernel.tables import remap
 from dernkit.types import CompressedLayer, ExpertBank, LayerPlan, Pool
 
 
-def target_width(plans: Sequence[LayerPlan], merge: Merge | None, multiple: int = 64) -> int:
-    """Neurons of every expert after surgery: the width as it is, or that of the largest pool of all layers.
+def target_width(
+    plans: Sequence[LayerPlan], merge: Merge | None, asked: int | None = None, *, multiple: int = 64, step: int = 1
+) -> int:
+    """Neurons of every expert after surgery.
 
-    The largest pool is rounded up to ``multiple``; where nothing moves in any layer the width stays, odd or not.
+    Args:
+        plans: of all layers.
+        merge: how arrivals are merged.
+        asked: the width that the recipe wants. None: the width as it is, or for a merge that widens, the largest pool
+            of all layers, rounded up to ``multiple``; where nothing moves in any layer the width stays, odd or not.
+        step: what a kernel takes: ``asked`` must be a multiple of it.
     """
     width = max(plan.width for plan in plans)
+    if asked is not None:
+        if asked % step and asked != width:
+            raise RecipeError(
+                f"apply.width: must be a multiple of {step}, which the kernels of this dtype need. Got {asked} "
+                f"instead. Use {asked // step * step or step} or {(asked // step + 1) * step}."
+            )
+        return asked
     if merge is None or not merge.widens or not any(len(plan.assignment) for plan in plans):
         return width
     largest = max(max(plan.pool_sizes()) for plan in plans)
     return -(-largest // multiple) * multiple
+
+
+def kernel_step(dtype: torch.dtype) -> int:
+    """Widths must be multiples of this: rows of 16 bytes, as torch's grouped matrix product needs."""
+    return max(16 // dtype.itemsize, 1)
 
 
 def compress_layer(
@@ -46,7 +66,8 @@ def compress_layer(
         up_bias=None if bank.up_bias is None else _blank(bank.up_bias, len(kept), width, dim=1),
         down_bias=None if bank.down_bias is None else bank.down_bias[kept],
         router=_router_rows(bank, plan, router),
-        per_expert={name: _slice(name, tensor, bank, kept) for name, tensor in bank.per_expert.items()},
+        per_expert={name: _slice(name, tensor, bank, kept) for name, tensor in bank.per_expert.items()}
+        | {name: remap(table, plan) for name, table in bank.tables.items()},
     )
     for position, expert in enumerate(plan.kept.tolist()):
         arrivals = (plan.assignment.target == position).nonzero().flatten()

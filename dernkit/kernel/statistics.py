@@ -48,6 +48,8 @@ class Accumulator:
     ) -> None:
         """Add one batch: what the experts saw, whom the router chose, and the coefficients it multiplies with.
 
+        Numbers from E on are experts that compute nothing (identity, skip): they count for nobody, and neither does a
+        choice with coefficient 0.
         ``bank`` is read for expert outputs only, and not kept: the layer may be dropped after the call.
         """
         dims = self._dims
@@ -56,9 +58,9 @@ class Accumulator:
                 f"layer {dims.layer}: the router must choose {dims.top_k} experts a token. Got {chosen.shape[1]}."
             )
         weights = coefficients.to(torch.float64)
-        flat = chosen.reshape(-1)
-        self._add("routed", torch.bincount(flat, minlength=dims.experts).to(torch.float64))
-        self._add("gate_sum", torch.zeros(dims.experts, dtype=torch.float64).index_add_(0, flat, weights.reshape(-1)))
+        chosen = chosen.masked_fill((chosen >= dims.experts) | (weights == 0), dims.experts)  # no routed expert
+        self._add("routed", _per_expert(chosen, torch.ones_like(weights), dims.experts))
+        self._add("gate_sum", _per_expert(chosen, weights, dims.experts))
         if self._requires & _OUTPUT_STATISTICS:
             for expert in range(dims.experts):
                 self._add_outputs(bank, expert, inputs, chosen, weights)
@@ -75,12 +77,15 @@ class Accumulator:
         rows, columns = torch.where(chosen == expert)
         if not len(rows):
             return
-        outputs = bank.output(expert, inputs[rows]).to(torch.float64)
+        seen, coefficients = inputs[rows], weights[rows, columns]
+        if bank.coefficient_on_input:
+            seen, coefficients = seen * coefficients[:, None].to(seen.dtype), torch.ones_like(coefficients)
+        outputs = bank.output(expert, seen).to(torch.float64)
         norms = outputs.norm(dim=1)
         for name, value in (
             ("output_norm_sum", norms.sum()),
             ("output_sq_sum", norms.square().sum()),
-            ("reap_sum", (weights[rows, columns] * norms).sum()),
+            ("reap_sum", (coefficients * norms).sum()),
             ("output_sum", outputs.sum(dim=0)),
         ):
             if name in self._sums:
@@ -102,6 +107,11 @@ class Accumulator:
                 raise ContractError(f"layer {self._dims.layer}: a sample must be drawn from at least one token.")
             values |= {"sample_key": self._reservoir[0], "sample": self._reservoir[1]}
         return LayerStats(self._tokens, values, self._sample_size)
+
+
+def _per_expert(chosen: Int64[Tensor, "n top_k"], values: Tensor, experts: int) -> Tensor:
+    sums = torch.zeros(experts + 1, dtype=torch.float64)
+    return sums.index_add_(0, chosen.reshape(-1), values.reshape(-1))[:experts]
 
 
 def sample_keys(seed: int, first: int, count: int) -> Int64[Tensor, " n"]:

@@ -66,10 +66,21 @@ class Probe:
     """What changes in a model when one config field is doubled."""
 
     field: Field
-    tensors: dict[str, tuple[int, ...]]
-    """In-memory name -> dimensions that changed."""
-    attributes: dict[str, set[str]]
-    """Module path -> integer attributes that changed from the field's value to twice it."""
+    value: int
+    tensors: dict[str, dict[int, int]]
+    """In-memory name -> dimensions that changed, and by how much each grew."""
+    attributes: dict[str, dict[str, int]]
+    """Module path -> integer attributes that changed, and by how much each grew."""
+
+    def scaled(self, size: int, growth: int, new: int) -> int:
+        """What is ``size`` and grew by ``growth``, when the field is set to ``new`` (sizes are linear in the field)."""
+        steps = growth * (new - self.value)
+        if steps % self.value:
+            raise CheckpointError(
+                f"'{'.'.join(self.field)}': sizes must be whole numbers at {new}. Got {size} + {steps}/{self.value} "
+                f"instead. Take a count that divides."
+            )
+        return size + steps // self.value
 
 
 def get_field(config: Any, field: Field) -> Any:
@@ -97,30 +108,37 @@ def _walk(node: dict[str, Any], path: Field) -> Iterator[tuple[Field, Any]]:
             yield (*path, key), value
 
 
-def probe_field(model: Any, value: int, changed: Callable[[nn.Module, nn.Module], bool], what: str) -> Probe:
+def probe_field(model: Any, value: int, changed: Callable[[Any, Any], bool], what: str) -> Probe:
     """Find the config field with ``value`` whose doubling makes ``changed(model, doubled)`` true, and what follows it.
 
     Raises:
         CheckpointError: no field, or more than one, does.
     """
-    found: list[tuple[Field, nn.Module]] = []
-    for field in candidate_fields(model.config, value):
-        config = copy.deepcopy(model.config)
-        try:
-            set_field(config, field, 2 * value)
-            doubled = build_on_meta(type(model), config)
-        except Exception:  # a config may validate the field against others: then it is not a free count
-            continue
-        if changed(model, doubled):
-            found.append((field, doubled))
+    doubles = ((field, doubled(model, field, value)) for field in candidate_fields(model.config, value))
+    found = [(field, other) for field, other in doubles if other is not None and changed(model, other)]
     if len(found) != 1:
         names = ", ".join(".".join(field) for field, _ in found) or "none"
         raise CheckpointError(
             f"{model.config.model_type}: exactly one config field must set the {what} ({value}). "
             f"Got {names} instead. This family needs an adapter plugin."
         )
-    field, doubled = found[0]
-    return Probe(field, _changed_tensors(model, doubled), _changed_attributes(model, doubled, value))
+    field, other = found[0]
+    return compared(model, other, field, value)
+
+
+def doubled(model: Any, field: Field, value: int) -> Any | None:
+    """The model with twice the value in ``field``; None where the config refuses it: then it is not a free size."""
+    config = copy.deepcopy(model.config)
+    try:
+        set_field(config, field, 2 * value)
+        return build_on_meta(type(model), config)
+    except Exception:  # of any kind: a config may validate the field against others
+        return None
+
+
+def compared(model: Any, other: Any, field: Field, value: int) -> Probe:
+    """What grew from ``model`` to ``other``, in which ``field`` is doubled."""
+    return Probe(field, value, _grown_tensors(model, other), _grown_attributes(model, other))
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -128,7 +146,7 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _changed_tensors(model: Any, other: nn.Module) -> dict[str, tuple[int, ...]]:
+def _grown_tensors(model: Any, other: nn.Module) -> dict[str, dict[int, int]]:
     before, after = _tensors(model), _tensors(other)
     if before.keys() != after.keys():
         extra = sorted(before.keys() ^ after.keys())[0]
@@ -136,18 +154,22 @@ def _changed_tensors(model: Any, other: nn.Module) -> dict[str, tuple[int, ...]]
             f"{model.config.model_type}: the same tensors must exist at every expert count and width. Got '{extra}' "
             f"in one build only instead. This family needs an adapter plugin."
         )
-    changed = {}
+    grown = {}
     for name, tensor in before.items():
-        dims = tuple(d for d, (a, b) in enumerate(zip(tensor.shape, after[name].shape, strict=True)) if a != b)
-        if dims:
-            changed[name] = dims
-    return changed
+        sizes = enumerate(zip(tensor.shape, after[name].shape, strict=True))
+        if dims := {dim: b - a for dim, (a, b) in sizes if a != b}:
+            grown[name] = dims
+    return grown
 
 
-def _changed_attributes(model: nn.Module, other: nn.Module, value: int) -> dict[str, set[str]]:
-    changed: dict[str, set[str]] = {}
+def _grown_attributes(model: nn.Module, other: nn.Module) -> dict[str, dict[str, int]]:
+    grown: dict[str, dict[str, int]] = {}
     for (path, module), twin in zip(model.named_modules(), other.modules(), strict=True):
-        names = {k for k, v in vars(module).items() if type(v) is int and v == value and vars(twin).get(k) == 2 * value}
-        if names:
-            changed[path] = names
-    return changed
+        found = {
+            name: vars(twin)[name] - value
+            for name, value in vars(module).items()
+            if type(value) is int and type(vars(twin).get(name)) is int and vars(twin)[name] != value
+        }
+        if found:
+            grown[path] = found
+    return grown

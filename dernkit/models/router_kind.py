@@ -1,52 +1,44 @@
-"""What a router does with its logits, found by running it on random weights: no table of families."""
+"""What a router does with its logits, in words, from one run of it on random weights: no table of families."""
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-_SCALES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sigmoid}
+_SCALES = {
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "square root of softplus": lambda logits: functional.softplus(logits).sqrt(),
+}
 
 
-def router_kind(router: Any, hidden: int) -> str:
-    """In words: the scoring function, whether the top-k are renormalised, the scaling, the correction bias.
+def router_kind(candidates: Iterable[Tensor], coefficients: Tensor, chosen: Tensor) -> str:
+    """The scoring function, whether the top-k are renormalised, the scaling.
 
     Args:
-        router: the router module (on the meta device or real; a random copy is run).
-        hidden: H.
+        candidates: tensors [n, E or more] that may be the logits.
+        coefficients: [n, top_k].
+        chosen: [n, top_k].
     """
-    rng = torch.Generator().manual_seed(0)
-    module = copy.deepcopy(router).to_empty(device="cpu").to(torch.float32).eval()
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=rng))
-        try:
-            logits, weights, chosen = module(torch.randn(64, hidden, generator=rng))
-        except (TypeError, ValueError, RuntimeError):
-            return "not the usual (logits, weights, indices) of hidden states alone"
-    return _describe(logits.double(), weights.double(), chosen) + _bias(module, logits.shape[1])
+    real = coefficients.sum(dim=1) != 0  # the others went to an expert that computes nothing
+    for logits in candidates:
+        for name, scale in _SCALES.items():
+            picked = scale(logits[real].double()).gather(1, chosen[real])
+            if (words := _described(coefficients[real].double(), picked)) is not None:
+                return f"{name}, {words}"
+    return "neither a softmax nor a sigmoid of the logits"
 
 
-def _bias(module: Any, experts: int) -> str:
-    """A correction bias takes part in the choice alone; a plain one is in the logits."""
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    names = [name for name, tensor in tensors if tensor.numel() == experts]
-    if any("correction" in name for name in names):
-        return " + correction bias"
-    return " + bias" if any(name.endswith("bias") for name in names) else ""
-
-
-def _describe(logits: Tensor, weights: Tensor, chosen: Tensor) -> str:
-    for name, scale in _SCALES.items():
-        picked = scale(logits).gather(1, chosen)
-        for renormalised in (False, True):
-            expected = picked / picked.sum(dim=1, keepdim=True) if renormalised else picked
-            ratio = weights / expected
-            if bool((ratio - ratio[0, 0]).abs().max() < 1e-3 * ratio[0, 0]):
-                factor = float(ratio[0, 0])
-                scaled = "" if abs(factor - 1) < 1e-3 else f", scaled by {factor:.4g}"
-                return f"{name}, top-k {'renormalised' if renormalised else 'not renormalised'}{scaled}"
-    return "a function of the logits that is neither softmax nor sigmoid"
+def _described(coefficients: Tensor, picked: Tensor) -> str | None:
+    for renormalised in (False, True):
+        if renormalised and picked.shape[1] == 1:
+            continue
+        ratio = coefficients / (picked / picked.sum(dim=1, keepdim=True) if renormalised else picked)
+        factor = float(ratio[0, 0])
+        if bool((ratio - factor).abs().max() < 1e-3 * factor):
+            scaled = "" if abs(factor - 1) < 1e-3 else f", scaled by {factor:.4g}"
+            return f"top-k {'renormalised' if renormalised else 'not renormalised'}{scaled}"
+    return None

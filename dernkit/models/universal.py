@@ -1,12 +1,13 @@
-"""The adapter for every family whose experts class transformers declares (``@use_experts_implementation``).
+"""The adapter for every family whose experts lie in a known layout: what transformers declares, and a few more.
 
-Two meta builds say what follows the expert count (see `dernkit.models.probe`). What neither they nor the declaration
+Two meta builds say what follows the expert count (see `dernkit.models.probe`). What neither they nor the layout
 explains is refused, never guessed.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -14,79 +15,106 @@ from torch import nn
 
 from dernkit.api import Block, hookimpl
 from dernkit.errors import CheckpointError
-from dernkit.models.block import Family, UniversalBlock, experts_grown, is_declared_experts, tensor_of
-from dernkit.models.probe import Probe, probe_field
+from dernkit.models.block import UniversalBlock, tensor_of
+from dernkit.models.family import Family, layout_of
+from dernkit.models.layouts import LAYOUTS, Layout
 from dernkit.types import LayerDims
+
+REFUSED = {
+    "DogeCDMoE": "experts of one neuron each, kept in an embedding: there is nothing inside them to recombine",
+    "JetMoeMoA": "attention heads that are experts too and follow the same count",
+    "NllbMoeExperts": "a router that transformers runs wrongly (every token goes to the experts 0 and 1)",
+    "SwitchTransformersExperts": "an encoder and a decoder, which a stream of tokens does not calibrate",
+    "Ernie4_5_VLMoeMoeBlock": "experts for images beside those for text, which text does not calibrate",
+}
+"""Modules of transformers that are not compressed, and why."""
 
 
 @final
 @dataclass(frozen=True)
 class Universal:
-    """All MoE families whose experts transformers declares."""
+    """All MoE families of transformers whose experts lie in a known layout."""
 
     name: ClassVar[str] = "universal"
 
     def blocks(self, model: Any) -> list[Block]:
-        """All MoE blocks in layer order; empty when transformers declares no experts in the model."""
-        paths = [path for path, module in model.named_modules() if is_declared_experts(module)]
-        if not paths:
-            return []
-        counts = {model.get_submodule(path).down_proj.shape[0] for path in paths}
-        widths = {_width(model.get_submodule(path)) for path in paths}
-        if len(counts) != 1 or len(widths) != 1:
-            raise CheckpointError(
-                f"{model.config.model_type}: all MoE layers must have one expert count and one width. "
-                f"Got counts {sorted(counts)} and widths {sorted(widths)} instead."
-            )
-        count = probe_field(model, counts.pop(), experts_grown, "expert count")
-        family = Family(model, count, model.get_submodule(paths[0]).down_proj.shape[0], widths.pop())
-        blocks = [_block(model, path, family) for path in paths]
-        _refuse_unexplained(model, blocks, count)
-        return list(blocks)
+        """All MoE blocks in layer order; empty when there are no experts in a known layout."""
+        for module in model.modules():
+            if reason := REFUSED.get(type(module).__name__):
+                raise CheckpointError(
+                    f"{model.config.model_type}: every expert must be a feed-forward network that text calibrates. "
+                    f"Got {reason}, instead. This family is not supported."
+                )
+        return blocks_by_layout(model, LAYOUTS)
 
 
-def _width(experts: Any) -> int:
-    return int(experts.down_proj.shape[1 if experts.is_transposed else 2])
+def blocks_by_layout(model: Any, layouts: Sequence[Layout]) -> list[Block]:
+    """The MoE blocks whose experts one of the layouts claims, in layer order.
+
+    Raises:
+        CheckpointError: something that follows the expert count is not understood.
+    """
+    found = {path: layout for path, module in model.named_modules() if (layout := layout_of(module, layouts))}
+    if not found:
+        return []
+    sizes = {path: layout.unpack(model.get_submodule(path)).up.shape for path, layout in found.items()}
+    counts, widths = ({size[dim] for size in sizes.values()} for dim in (0, 1))
+    if len(counts) != 1 or len(widths) != 1:
+        raise CheckpointError(
+            f"{model.config.model_type}: all MoE layers must have one expert count and one width. "
+            f"Got counts {sorted(counts)} and widths {sorted(widths)} instead."
+        )
+    family = Family.of(model, layouts, list(found), counts.pop(), widths.pop())
+    blocks = [_block(model, path, layout, family) for path, layout in found.items()]
+    _refuse_unexplained(model, blocks, family)
+    return list(blocks)
 
 
-def _block(model: Any, experts_path: str, family: Family) -> UniversalBlock:
+def _block(model: Any, experts_path: str, layout: Layout, family: Family) -> UniversalBlock:
     path = experts_path.rpartition(".")[0]
     module, experts = model.get_submodule(path), model.get_submodule(experts_path)
+    weights = layout.unpack(experts)
+    own = {f"{experts_path}.{name}" for name in layout.pack(experts, weights)}
     followers = {
         name.removeprefix(path + "."): dims
         for name, dims in family.count.tensors.items()
-        if name.startswith(path + ".") and not name.startswith(experts_path + ".")
+        if name.startswith(path + ".") and name not in own
     }
-    for name, axes in followers.items():
-        if tuple(tensor_of(module, name).shape[dim] for dim in axes) != (family.experts,):
+    for name, dims in followers.items():
+        if list(dims.values()) != [family.experts]:
             raise CheckpointError(
                 f"{model.config.model_type}: what follows the expert count must have one entry per expert. Got "
                 f"'{path}.{name}' of shape {list(tensor_of(module, name).shape)} for {family.experts} experts instead. "
                 f"This family needs an adapter plugin."
             )
-    rows = [name for name, dims in followers.items() if dims == (0,) and tensor_of(module, name).ndim == 2]
+    rows = [name for name, dims in followers.items() if list(dims) == [0] and tensor_of(module, name).ndim == 2]
     if len(rows) != 1:
         raise CheckpointError(
             f"{model.config.model_type}: '{path}' must have one router matrix with a row per expert. "
             f"Got {', '.join(rows) or 'none'} instead. This family needs an adapter plugin."
         )
     router = module.get_submodule(rows[0].rpartition(".")[0])
-    number = re.search(r"\.(\d+)(\.|$)", path)
+    dims_ = LayerDims(
+        layer=_layer(model, path),
+        experts=family.experts,
+        top_k=_top_k(model.config, router, module),
+        width=family.width,
+        hidden=int(weights.down.shape[1]),
+        **_groups(model.config, router),
+    )
+    per_expert = {name: next(iter(dims)) for name, dims in followers.items() if name != rows[0]}
+    tables = tuple(name for name, _ in _integer_tables(module))
+    return UniversalBlock(dims_.layer, path, dims_, module, experts_path, layout, rows[0], per_expert, tables, family)
+
+
+def _layer(model: Any, path: str) -> int:
+    number = re.search(r"\.(\d+)(\.|$)", "." + path)
     if number is None:
         raise CheckpointError(
             f"{model.config.model_type}: MoE blocks must lie in numbered decoder layers. Got '{path}' instead. "
             f"This family needs an adapter plugin."
         )
-    dims = LayerDims(
-        layer=int(number.group(1)),
-        experts=family.experts,
-        top_k=_top_k(model.config, router, module),
-        width=family.blocks_width,
-        hidden=int(experts.down_proj.shape[2 if experts.is_transposed else 1]),
-        **_groups(model.config, router),
-    )
-    per_expert = {name: dims_[0] for name, dims_ in followers.items() if name != rows[0]}
-    return UniversalBlock(dims.layer, path, dims, module, experts, experts_path, rows[0], per_expert, family)
+    return int(number.group(1))
 
 
 def _top_k(config: Any, router: nn.Module, block: nn.Module) -> int:
@@ -113,29 +141,29 @@ def _groups(config: Any, router: nn.Module) -> dict[str, int]:
     return {"groups": groups, "top_k_groups": fields.get("topk_group") or groups, "candidates_per_group": candidates}
 
 
-def _refuse_unexplained(model: Any, blocks: list[UniversalBlock], count: Probe) -> None:
+def _integer_tables(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(n, t) for n, t in module.named_buffers() if not t.is_floating_point() and t.numel() > 1]
+
+
+def _refuse_unexplained(model: Any, blocks: Sequence[UniversalBlock], family: Family) -> None:
     for block in blocks:
-        if vars(block.experts).get("has_post_expert_norm"):
-            raise CheckpointError(
-                f"{model.config.model_type}: experts must end with their down projection. Got a norm after it in "
-                f"'{block.experts_path}' instead. This family needs an adapter plugin."
-            )
-        for name, tensor in block.module.named_buffers():
-            if not tensor.is_floating_point() and tensor.numel() > 1:
+        for name, tensor in _integer_tables(block.module):
+            if tensor.ndim != 2 or tensor.shape[1] != block.dims.top_k or tensor.dtype.is_complex:
                 raise CheckpointError(
-                    f"{model.config.model_type}: a MoE block must hold weights only. Got a table of integers "
-                    f"(expert ids?) in '{block.path}.{name}' instead. This family needs an adapter plugin."
+                    f"{model.config.model_type}: a table of integers in a MoE block must name {block.dims.top_k} "
+                    f"experts per token id. Got '{block.path}.{name}' of shape {list(tensor.shape)} instead. "
+                    f"This family needs an adapter plugin."
                 )
     explained = {name for block in blocks for name in block.tensors()}
-    for name in count.tensors:
+    for name in family.count.tensors:
         if name not in explained:
             raise CheckpointError(
-                f"{model.config.model_type}: everything that follows '{'.'.join(count.field)}' must lie in a MoE "
-                f"block. Got '{name}' outside instead. This family needs an adapter plugin."
+                f"{model.config.model_type}: everything that follows '{'.'.join(family.count.field)}' must lie in a "
+                f"MoE block. Got '{name}' outside instead. This family needs an adapter plugin."
             )
 
 
 @hookimpl
 def dernkit_adapters() -> list[type]:
-    """The adapter that serves every declared family."""
+    """The adapter that serves every family of transformers."""
     return [Universal]

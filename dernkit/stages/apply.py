@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dernkit.api import Block, Merge, Router
 from dernkit.errors import CheckpointError
-from dernkit.kernel.compress import compress_layer, target_width
+from dernkit.kernel.compress import compress_layer, kernel_step, target_width
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.folder import copy_other_files, edited_config, verify
 from dernkit.models.probe import set_field
@@ -28,10 +28,17 @@ JOURNAL = ".journal.json"
 
 
 def apply_live(
-    model: Any, blocks: Sequence[Block], plans: Sequence[LayerPlan], merge: Merge | None, router: Router, seed: int
+    model: Any,
+    blocks: Sequence[Block],
+    plans: Sequence[LayerPlan],
+    merge: Merge | None,
+    router: Router,
+    *,
+    seed: int,
+    width: int | None = None,
 ) -> None:
     """Surgery on every block of a model in memory, and on its config."""
-    width = target_width(plans, merge)
+    width = _width(blocks, plans, merge, width)
     changes = blocks[0].config_changes(len(plans[0].kept), width)
     with torch.no_grad():
         for block, plan in zip(blocks, plans, strict=True):
@@ -50,6 +57,7 @@ def apply_checkpoint(
     folder: Path,
     key: str,
     progress: Progress,
+    width: int | None = None,
 ) -> None:
     """Stream the compressed checkpoint into ``folder``, one block's weights in memory at a time.
 
@@ -62,10 +70,11 @@ def apply_checkpoint(
         folder: an existing directory that holds nothing but what a killed call `began` under the same ``key``.
         key: digest of all inputs; layers that a call with the same key has finished are not done again.
         progress: where to report layers.
+        width: neurons of an expert after surgery; None: what the merge needs.
     """
     store, blocks = source.open(keep_dtypes=True)
     _check_fit(blocks, plans)
-    width = target_width(plans, merge)
+    width = _width(blocks, plans, merge, width)
     replaced, removed = _layout(store, blocks, plans, width)
     writer = ShardWriter(source.checkpoint, folder, replaced, removed)
     store.refuse_non_finite_on_disk(writer.copied)
@@ -84,6 +93,10 @@ def apply_checkpoint(
     copy_other_files(source.path, folder)
     verify(folder, source, experts)
     journal.remove()
+
+
+def _width(blocks: Sequence[Block], plans: Sequence[LayerPlan], merge: Merge | None, asked: int | None) -> int:
+    return target_width(plans, merge, asked, step=kernel_step(blocks[0].bank().up.dtype))
 
 
 def _check_fit(blocks: Sequence[Block], plans: Sequence[LayerPlan]) -> None:
@@ -118,12 +131,15 @@ def _check_kept(dims: LayerDims, kept: list[int]) -> None:
 def _compressed(
     store: Store, block: Block, plan: LayerPlan, merge: Merge | None, router: Router, width: int, seed: int
 ) -> Mapping[str, Tensor]:
-    store.load(block.path)
+    modules = block.modules(width)
+    for path in modules:
+        store.load(path)
     _check_round_trip(store, block)
     with torch.no_grad():
-        compressed = compress_layer(block.bank(), plan, merge, router, width, seed)
-    store.unload(block.path)
-    return store.to_disk(block.resized(compressed))
+        resized = block.resized(compress_layer(block.bank(), plan, merge, router, width, seed))
+    for path in modules:
+        store.unload(path)
+    return store.to_disk(resized)
 
 
 def _check_round_trip(store: Store, block: Block) -> None:
@@ -144,8 +160,9 @@ def _layout(
     replaced: dict[str, Tensor] = {}
     touched: set[str] = set()
     for block, plan in zip(blocks, plans, strict=True):
-        touched |= set(store.keys(block.tensors()))
-        replaced |= store.to_disk(block.resized(_blank(block.bank(), plan, width)))
+        resized = block.resized(_blank(block.bank(), plan, width))
+        touched |= set(store.keys(resized))
+        replaced |= store.to_disk(resized)
     unknown = sorted(replaced.keys() - touched)
     if unknown:
         raise CheckpointError(
@@ -176,7 +193,8 @@ def _blank(bank: ExpertBank, plan: LayerPlan, width: int) -> CompressedLayer:
         per_expert={
             name: blank(value, *(kept if size == plan.experts else size for size in value.shape))
             for name, value in bank.per_expert.items()
-        },
+        }
+        | {name: blank(table, *table.shape) for name, table in bank.tables.items()},
     )
 
 

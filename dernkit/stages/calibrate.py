@@ -63,7 +63,7 @@ def calibrate_live(
 ) -> dict[int, LayerStats]:
     """The same statistics, bit for bit, from a model that is whole in memory."""
     collector = Collector(blocks, requires, sample_size=sample_size, seed=seed)
-    with _eager_experts(model):
+    with eager_experts(model):
         return collector.run(decoder_stack(model, blocks), batches, _Live(), progress)
 
 
@@ -76,7 +76,7 @@ class _Live:
 
 
 @contextmanager
-def _eager_experts(model: Any) -> Iterator[None]:
+def eager_experts(model: Any) -> Iterator[None]:
     """The plain implementation, which takes every width; the model's own choice comes back afterwards."""
     before = model.config._experts_implementation
     training = model.training

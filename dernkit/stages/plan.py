@@ -81,6 +81,7 @@ def plan_blocks(
         scores = []
         for block in blocks:
             weights.load(block.path)
+            block.check()
             scores.append(score_layer(block.bank(), _of(stats, block), decisions.scorer))
             weights.unload(block.path)
             tracker.advance(1, f"score, layer {block.layer}")
