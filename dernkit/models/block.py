@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,9 +33,6 @@ class UniversalBlock:
     tables: tuple[str, ...]
     """Tables of expert numbers below the block."""
     family: Family
-    coupled: list[str] = field(default_factory=list)
-    """MLPs that must be padded when the width changes; see `dernkit.models.coupling`."""
-    _rehearsal: Rehearsal | None = None
 
     @property
     def experts(self) -> Any:
@@ -84,7 +81,7 @@ class UniversalBlock:
         return self.layout.unpack(self.experts)
 
     def modules(self, width: int) -> list[str]:
-        return [self.path] if width == self.dims.width else [self.path, *self.coupled]
+        return [self.path] if width == self.dims.width else [self.path, *self.family.coupled(self.path)]
 
     def resized(self, compressed: CompressedLayer) -> dict[str, Tensor]:
         packed = self.layout.pack(self.experts, _weights_of(compressed))
@@ -105,7 +102,7 @@ class UniversalBlock:
         if width == self.dims.width:
             return {}
         coupling, padded = self.family.coupling(), {}
-        for path in self.coupled:
+        for path in self.family.coupled(self.path):
             for name in coupling.tensors:
                 if name.startswith(path + "."):
                     tensor = tensor_of(coupling.modules[path], name.removeprefix(path + "."))
@@ -117,9 +114,9 @@ class UniversalBlock:
         for name, tensor in self.resized(compressed).items():
             _set(self.family.model, name, tensor)
         if width != self.dims.width:
-            coupling = self.family.coupling()
-            self._resize(coupling.width, width, skip=tuple(self.coupled))
-            for path in self.coupled:
+            coupling, coupled = self.family.coupling(), self.family.coupled(self.path)
+            self._resize(coupling.width, width, skip=tuple(coupled))
+            for path in coupled:
                 coupling.resize(path, width)
         self._resize(self.family.count, len(compressed.router))
 
@@ -135,10 +132,15 @@ class UniversalBlock:
         check_experts(self)
 
     def rehearsal(self) -> Rehearsal:
-        """What the block does with its router, seen on a random copy of it; refuses what does not fit."""
-        if self._rehearsal is None:
-            self._rehearsal = rehearse(self)
-        return self._rehearsal
+        """What the block does with its router, seen on a random copy of it; blocks of one kind share it.
+
+        Raises:
+            CheckpointError: it does not do what the shapes say.
+        """
+        kind = (type(self.module), self.router_name, tuple(self.per_expert_dims), self.tables)
+        if kind not in self.family.rehearsals:
+            self.family.rehearsals[kind] = rehearse(self)
+        return self.family.rehearsals[kind]
 
     def config_changes(self, experts: int, width: int) -> dict[tuple[str, ...], int]:
         return self.family.fields(experts, width)

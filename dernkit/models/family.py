@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,8 @@ class Family:
     count: Probe
     experts: int
     width: int
+    rehearsals: dict[Any, Any] = field(default_factory=dict)
+    """What was seen of one block of each kind; see `dernkit.models.rehearsal`."""
     _coupling: Coupling | None = None
 
     @staticmethod
@@ -50,10 +53,29 @@ class Family:
             self._coupling = couple(self.model, probe, self.paths)
         return self._coupling
 
+    def coupled(self, block: str) -> list[str]:
+        """Paths of the coupled MLPs that the surgery on one block takes along: those inside it, and each dense layer's
+        by one of the blocks, so that no two do it and few are in memory at a time.
+        """
+        blocks = [path.rpartition(".")[0] for path in self.paths]
+        return [path for path in self.coupling().modules if _caretaker(path, blocks) == block]
+
     def fields(self, experts: int, width: int) -> dict[Field, int]:
         """Config field -> value for a new expert count and width."""
         fields = {self.count.field: experts}
         return fields if width == self.width else fields | self.coupling().fields(width)
+
+
+def _caretaker(path: str, blocks: list[str]) -> str:
+    inside = [block for block in blocks if path.startswith(block + ".")]
+    later = [block for block in blocks if layer_number(block) >= layer_number(path)]
+    return (inside or later or blocks[-1:])[0]
+
+
+def layer_number(path: str) -> int:
+    """The first number in a module's path; -1 without one."""
+    number = re.search(r"\.(\d+)(\.|$)", "." + path)
+    return -1 if number is None else int(number.group(1))
 
 
 def _grown(model: Any, other: Any, layouts: Sequence[Layout], paths: list[str], dim: int) -> bool:

@@ -1,4 +1,4 @@
-"""How experts modules hold their weights: one general layout, and one for each class that transformers leaves undeclared."""
+"""How experts modules hold their weights: a general layout, and one per class that transformers leaves undeclared."""
 
 from __future__ import annotations
 

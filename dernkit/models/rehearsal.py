@@ -126,7 +126,8 @@ def _copy(block: _Block) -> tuple[Any, _Stub]:
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
-                tensor.data = torch.empty(tensor.shape).normal_(generator=rng).mul_(max(tensor.shape[-1:], default=1) ** -0.5)
+                spread = max(tensor.shape[-1:], default=1) ** -0.5
+                tensor.data = torch.empty(tensor.shape).normal_(generator=rng).mul_(spread)
         for table in block.tables:
             buffer = module.get_buffer(table)
             noise = torch.rand(len(buffer), block.dims.experts, generator=rng)

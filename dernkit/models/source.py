@@ -118,6 +118,7 @@ def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: b
     )
     for block in source.outline[1]:
         _check_routing(path, block)
+        block.router_kind()  # runs the router: one that does not do what its shapes say is refused here
     return source
 
 

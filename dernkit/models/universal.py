@@ -6,7 +6,6 @@ explains is refused, never guessed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -16,7 +15,7 @@ from torch import nn
 from dernkit.api import Block, hookimpl
 from dernkit.errors import CheckpointError
 from dernkit.models.block import UniversalBlock, tensor_of
-from dernkit.models.family import Family, layout_of
+from dernkit.models.family import Family, layer_number, layout_of
 from dernkit.models.layouts import LAYOUTS, Layout
 from dernkit.types import LayerDims
 
@@ -108,13 +107,13 @@ def _block(model: Any, experts_path: str, layout: Layout, family: Family) -> Uni
 
 
 def _layer(model: Any, path: str) -> int:
-    number = re.search(r"\.(\d+)(\.|$)", "." + path)
-    if number is None:
+    number = layer_number(path)
+    if number < 0:
         raise CheckpointError(
             f"{model.config.model_type}: MoE blocks must lie in numbered decoder layers. Got '{path}' instead. "
             f"This family needs an adapter plugin."
         )
-    return int(number.group(1))
+    return number
 
 
 def _top_k(config: Any, router: nn.Module, block: nn.Module) -> int:

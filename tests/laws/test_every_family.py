@@ -115,14 +115,10 @@ def test_width_change_alone_changes_nothing(folder: Path, tmp_path: Path, regist
     for width in (32, 48):
         out = tmp_path / f"out{width}"
         out.mkdir()
-        apply_checkpoint(
-            model, plans, None, slice_, seed=0, folder=out, key="test", progress=Silent(), width=width
-        )
+        apply_checkpoint(model, plans, None, slice_, seed=0, folder=out, key="test", progress=Silent(), width=width)
         widened = load(family, out)
         assert source(out).outline[1][0].dims.width == width
-        torch.testing.assert_close(
-            logits(widened, family), logits(load(family, folder), family), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(logits(widened, family), logits(load(family, folder), family), rtol=1e-4, atol=1e-5)
         live = load(family, folder)
         apply_live(live, find_blocks(live, [Universal()]), plans, None, slice_, seed=0, width=width)
         _assert_same(live, widened, family)

@@ -105,22 +105,10 @@ FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: tiny("Llama", intermediate_size=48, num_key_value_heads=2),
         "llama: must be a Mixture-of-Experts model. Got a model without routed experts instead.",
     ),
-    "experts in a class that is not declared": (
+    "attention heads as experts": (
         lambda: tiny("JetMoe", intermediate_size=24, num_key_value_heads=2, kv_channels=16, num_local_experts=8),
-        "jetmoe: experts must be declared by transformers' experts interface. Got a class that does not declare them "
-        "instead. This family needs an adapter plugin.",
-    ),
-    "experts counted in a nested config": (
-        lambda: tiny(
-            "Dbrx",
-            d_model=32,
-            n_heads=2,
-            n_layers=1,
-            ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2},
-            attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
-        ),
-        "dbrx: experts must be declared by transformers' experts interface. Got a class that does not declare them "
-        "instead. This family needs an adapter plugin.",
+        "jetmoe: every expert must be a feed-forward network that text calibrates. Got attention heads that are "
+        "experts too and follow the same count, instead. This family is not supported.",
     ),
 }
 

@@ -49,40 +49,6 @@ def test_a_dense_model_is_refused():
         find_blocks(transformers.LlamaForCausalLM(config), [Universal()])
 
 
-def test_a_table_of_expert_ids_is_refused():
-    config = transformers.DeepseekV4Config(
-        vocab_size=32,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        head_dim=32,
-        q_lora_rank=20,
-        index_n_heads=2,
-        index_head_dim=16,
-        index_topk=4,
-        o_groups=2,
-        o_lora_rank=12,
-        hc_mult=2,
-        sliding_window=16,
-        n_routed_experts=8,
-        moe_intermediate_size=24,
-        num_experts_per_tok=2,
-        mlp_layer_types=["hash_moe", "moe"],
-        layer_types=["sliding_attention"] * 2,
-        partial_rotary_factor=0.5,
-    )
-    with pytest.raises(CheckpointError, match=r"deepseek_v4: a MoE block must hold weights only\. Got a table"):
-        find_blocks(transformers.DeepseekV4ForCausalLM(config), [Universal()])
-
-
-def test_experts_that_transformers_does_not_declare_are_refused():
-    config = transformers.JetMoeConfig(
-        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=16, intermediate_size=24
-    )
-    with pytest.raises(CheckpointError, match="jetmoe: experts must be declared by transformers' experts interface"):
-        find_blocks(transformers.JetMoeForCausalLM(config), [Universal()])
-
-
 def test_a_model_of_any_size_is_understood_without_allocating_it():
     """DeepSeek-V3 as published: 671 billion parameters, 61 layers, 256 experts."""
     config = transformers.DeepseekV3Config()
