@@ -219,7 +219,7 @@ class Block(Protocol):
         ...
 
     def width_kind(self) -> str:
-        """Whether the expert width can change, and what follows it, in words."""
+        """Which expert widths are possible, and what follows the width, in words."""
         ...
 
     def tensors(self) -> Mapping[str, Tensor]:

@@ -77,11 +77,12 @@ def run(recipe: Path, model: str, out: Path, overrides: tuple[str, ...], trust_r
 def inspect(model: str, as_json: bool, trust_remote_code: bool) -> None:
     """Say what a checkpoint is and how far it can be cut, without loading its weights."""
     registry = _registry()
-    from dernkit.gather import describe
+    from dernkit.gather import abilities, describe
     from dernkit.models.source import open_source, resolve
 
     adapters = [component.cls() for component in registry.components("adapter")]
-    facts = describe(open_source(resolve(model), adapters, trust_remote_code=trust_remote_code))
+    source = open_source(resolve(model), adapters, trust_remote_code=trust_remote_code)
+    facts = describe(source) | abilities(source)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
@@ -96,16 +97,29 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
         groups = f"{facts['groups']}, a token uses {facts['top_k_groups']}; keep a multiple of {facts['groups']}"
     return [
         ("family", facts["family"]),
-        ("MoE layers", f"{facts['moe_layers']} (decoder layers {facts['layers'][0]} to {facts['layers'][-1]})"),
+        ("MoE layers", f"{facts['moe_layers']} (decoder layers {_ranges(facts['layers'])})"),
         ("experts", f"{facts['experts']} per layer, top-{facts['top_k']}"),
         ("router", facts["router"]),
         ("groups", groups),
         ("width", f"{facts['width']} (hidden {facts['hidden']})"),
+        ("new width", facts["new_width"]),
         ("smallest keep", f"{facts['smallest_keep']} of {facts['experts']} experts"),
         ("parameters", f"{facts['parameters']:,}"),
         ("bytes", f"{facts['bytes']:,} in {facts['shards']} file(s), {', '.join(facts['dtypes'])}"),
         ("in experts", f"{facts['expert_bytes']:,} bytes ({share:.1%})"),
+        ("can", facts["can"]),
     ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 5 as ``1 to 3, 5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 @main.command()

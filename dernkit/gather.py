@@ -52,7 +52,7 @@ def describe(source: SourceModel) -> dict[str, Any]:
         "top_k": dims.top_k,
         "width": dims.width,
         "hidden": dims.hidden,
-        "router": blocks[0].router_kind(),
+        "router": "; ".join(dict.fromkeys(block.router_kind() for block in blocks)),
         "groups": dims.groups,
         "top_k_groups": dims.top_k_groups,
         "smallest_keep": max(block.dims.smallest_keep for block in blocks),
@@ -62,6 +62,14 @@ def describe(source: SourceModel) -> dict[str, Any]:
         "dtypes": sorted({entry.dtype for entry in entries}),
         "shards": len(source.checkpoint.shards),
     }
+
+
+def abilities(source: SourceModel) -> dict[str, str]:
+    """What can be done with a checkpoint, in words; takes one or two more builds on the meta device."""
+    block = source.outline[1][0]
+    steps = f" in steps of {block.dims.groups}" if block.dims.groups > 1 else ""
+    keep = f"keep {block.dims.smallest_keep} to {block.dims.experts} experts{steps}"
+    return {"can": f"{keep}; prune, merge, recombine", "new_width": block.width_kind()}
 
 
 def _tokens(file: Path) -> int:

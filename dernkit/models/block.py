@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dernkit.errors import CheckpointError
 from dernkit.models.family import Family
 from dernkit.models.layouts import Layout
 from dernkit.models.probe import Probe
@@ -70,7 +71,10 @@ class UniversalBlock:
         return self.rehearsal().router
 
     def width_kind(self) -> str:
-        return self.family.coupling().describe()
+        try:
+            return self.family.coupling().describe()
+        except CheckpointError as error:
+            return f"none; {error}"
 
     def tensors(self) -> dict[str, Tensor]:
         names = [f"{self.experts_path}.{name}" for name in self.layout.pack(self.experts, self._weights())]

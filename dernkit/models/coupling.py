@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,11 +85,12 @@ class Coupling:
     def describe(self) -> str:
         """In words, for people."""
         if not self.tensors:
-            return "free"
-        what = f"{min(self.tensors)} and {len(self.tensors) - 1} more" if len(self.tensors) > 1 else min(self.tensors)
+            return "any; nothing else follows it"
+        names = sorted({re.sub(r"^.*?\.?\d+\.", "", path) for path in self.modules})
+        what = f"{' and '.join(names)} ({len(self.modules)} times) follow{'s' if len(names) == 1 else ''} it"
         if self.count is None:
-            return f"also sets {what}: can grow (they are padded with zeros)"
-        return f"also sets {what}: '{'.'.join(self.count.field)}' is raised and zeros are padded"
+            return f"{self.width.value} or more; {what} and is padded with zeros"
+        return f"any; {what} ('{'.'.join(self.count.field)}' is raised where it shrinks) and is padded with zeros"
 
 
 def couple(model: Any, width: Probe, experts: list[str]) -> Coupling:
@@ -121,8 +123,8 @@ def couple(model: Any, width: Probe, experts: list[str]) -> Coupling:
 
 def _refusal(model: Any, width: Probe, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{model.config.model_type}: what follows '{'.'.join(width.field)}' outside the experts must be MLPs whose size "
-        f"is a multiple of it. Got '{name}' instead. Use a merge that keeps the width."
+        f"{model.config.model_type}: what follows '{'.'.join(width.field)}' outside the experts must be MLPs whose "
+        f"size is a multiple of it. Got '{name}' instead. Use a merge that keeps the width."
     )
 
 
