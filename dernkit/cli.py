@@ -94,6 +94,7 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
     groups = "none"
     if facts["groups"] > 1:
         groups = f"{facts['groups']}, a token uses {facts['top_k_groups']}; keep a multiple of {facts['groups']}"
+    quantisation = [("quantisation", f"{facts['quantisation']}, read as bf16")] if facts["quantisation"] else []
     return [
         ("family", facts["family"]),
         ("MoE layers", f"{facts['moe_layers']} (decoder layers {facts['layers'][0]} to {facts['layers'][-1]})"),
@@ -102,6 +103,7 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("groups", groups),
         ("width", f"{facts['width']} (hidden {facts['hidden']})"),
         ("smallest keep", f"{facts['smallest_keep']} of {facts['experts']} experts"),
+        *quantisation,
         ("parameters", f"{facts['parameters']:,}"),
         ("bytes", f"{facts['bytes']:,} in {facts['shards']} file(s), {', '.join(facts['dtypes'])}"),
         ("in experts", f"{facts['expert_bytes']:,} bytes ({share:.1%})"),
