@@ -17,9 +17,7 @@ _NOT_CONVERTED = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "block_sparse_
 _INDEX = "model.safetensors.index.json"
 
 
-def quantise_fp8(
-    folder: Path, rows: int, columns: int, *, scales: torch.dtype = torch.float32, declare: bool = True
-) -> None:
+def quantise_fp8(folder: Path, rows: int, columns: int, *, scales: torch.dtype = torch.float32) -> None:
     """As DeepSeek-V3 and its kind: all matrices but embeddings, head and router become e4m3 with a scale per block."""
 
     def quantised(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -29,9 +27,8 @@ def quantise_fp8(
         return {name: codes, f"{name}_scale_inv": factors}
 
     _rewrite(folder, quantised)
-    if declare:
-        fields = {"activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [rows, columns]}
-        _declare(folder, {**fields, "quant_method": "fp8"})
+    fields = {"activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [rows, columns]}
+    _declare(folder, {**fields, "quant_method": "fp8"})
 
 
 def quantise_mxfp4(folder: Path) -> None:
@@ -73,15 +70,15 @@ def mxfp4_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rewrite(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> None:
-    weight_map = {}
+    weight_map, size = {}, 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
             metadata, old = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         new = {key: value for name, tensor in old.items() for key, value in change(name, tensor).items()}
         save_file(new, file, metadata=metadata)
         weight_map |= dict.fromkeys(new, file.name)
+        size += sum(tensor.nbytes for tensor in new.values())
     if (folder / _INDEX).exists():
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
