@@ -1,9 +1,10 @@
 """Peak memory and time of compressing a synthetic Mixtral-shaped checkpoint from disk to disk.
 
-    python benchmarks/memory.py [--gigabytes 2] [--layers 16] [--keep-files DIR]
+    python benchmarks/memory.py [--gigabytes 2] [--layers 16] [--fp8]
 
 Writes a random fp32 checkpoint of the given size shard by shard, compresses it with DERN (half of the experts, the
 best 30% of the dropped segments moved), and prints the peak resident memory above that of an interpreter with torch.
+With `--fp8` the checkpoint is quantised first, in blocks of 128x128.
 """
 
 from __future__ import annotations
@@ -106,14 +107,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint (fp32)")
     parser.add_argument("--layers", type=int, default=16, help="decoder layers, all of them MoE")
+    parser.add_argument("--fp8", action="store_true", help="quantise it: a quarter of the size on disk, bf16 as read")
     parser.add_argument("--limit-gigabytes", type=float, help="exit with 1 when the peak is above this")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder, out = Path(temporary) / "source", Path(temporary) / "out"
         out.mkdir()
         width = write_checkpoint(folder, arguments.gigabytes, arguments.layers)
+        if arguments.fp8:
+            from dernkit.testing.quantised import quantise_fp8
+
+            quantise_fp8(folder, 128, 128)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        print(f"checkpoint: {size / 1e9:.2f} GB fp32, {arguments.layers} layers, 8 experts of width {width}")
+        dtype = "fp8" if arguments.fp8 else "fp32"
+        print(f"checkpoint: {size / 1e9:.2f} GB {dtype}, {arguments.layers} layers, 8 experts of width {width}")
         tokens = torch.randint(3, VOCABULARY, (8, 256), generator=torch.Generator().manual_seed(1))
         costs = compress(folder, out, tokens)
     for stage, (seconds, peak) in costs.items():

@@ -95,6 +95,7 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
     groups = "none"
     if facts["groups"] > 1:
         groups = f"{facts['groups']}, a token uses {facts['top_k_groups']}; keep a multiple of {facts['groups']}"
+    quantisation = [("quantisation", f"{facts['quantisation']}, read as bf16")] if facts["quantisation"] else []
     return [
         ("family", facts["family"]),
         ("MoE layers", f"{facts['moe_layers']} (decoder layers {_ranges(facts['layers'])})"),
@@ -104,6 +105,7 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("width", f"{facts['width']} (hidden {facts['hidden']})"),
         ("new width", facts["new_width"]),
         ("smallest keep", f"{facts['smallest_keep']} of {facts['experts']} experts"),
+        *quantisation,
         ("parameters", f"{facts['parameters']:,}"),
         ("bytes", f"{facts['bytes']:,} in {facts['shards']} file(s), {', '.join(facts['dtypes'])}"),
         ("in experts", f"{facts['expert_bytes']:,} bytes ({share:.1%})"),

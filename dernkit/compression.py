@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dernkit.errors import RecipeError
+from dernkit.models.quantised import refuse_quantised
 from dernkit.models.source import find_blocks
 from dernkit.progress import Progress, Silent
 from dernkit.recipe import Recipe, bind_recipe, load_recipe
@@ -47,6 +48,7 @@ def compress(
     registry = registry or Registry.load()
     progress = progress or Silent()
     bound = _bound(recipe, registry)
+    refuse_quantised(model)
     blocks = find_blocks(model, [component.cls() for component in registry.components("adapter")])
     tokens = list(batches)
     if bound.requires and not tokens:

@@ -56,10 +56,11 @@ def describe(source: SourceModel) -> dict[str, Any]:
         "groups": dims.groups,
         "top_k_groups": dims.top_k_groups,
         "smallest_keep": max(block.dims.smallest_keep for block in blocks),
+        "quantisation": str(source.scheme) if source.scheme else None,
         "parameters": sum(torch.Size(entry.shape).numel() for entry in entries),
         "bytes": source.checkpoint.tensor_bytes,
         "expert_bytes": expert_bytes(store, blocks),
-        "dtypes": sorted({entry.dtype for entry in entries}),
+        "dtypes": sorted({entry.dtype for entry in source.checkpoint.on_disk.values()}),
         "shards": len(source.checkpoint.shards),
     }
 

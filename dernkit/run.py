@@ -245,7 +245,9 @@ class Run:
                 key=key,
                 progress=self.progress,
             )
-            (folder / "README.md").write_text(card.render(self.model, self.recipe, plans), encoding="utf-8")
+            quantisation = str(source.scheme) if source.scheme else None
+            text = card.render(self.model, self.recipe, plans, quantisation)
+            (folder / "README.md").write_text(text, encoding="utf-8")
             record = {"key": key, "source": fingerprint, "files": sizes(folder)}
             (folder / MADE_FROM).write_text(json.dumps(record) + "\n", encoding="utf-8")
             replace_folder(folder, self.out / MODEL)

@@ -36,12 +36,22 @@ class Markdown:
 
 def _first_sentence(run: Mapping[str, Any]) -> str:
     before, after = run["source"], run["result"]
-    share = 1 - after["expert_bytes"] / before["expert_bytes"]
+    what, key = ("parameters", "parameters") if before["quantisation"] else ("expert bytes", "expert_bytes")
+    share = 1 - after[key] / before[key]
     width = "" if before["width"] == after["width"] else f", width {before['width']} → {after['width']}"
     return (
         f"`{run['model']}` ({before['family']}): {before['experts']} → {after['experts']} experts in "
-        f"{before['moe_layers']} layers{width}; expert bytes fall by {share:.1%}. Every layer keeps the same number of "
-        f"experts, so the result loads in stock transformers."
+        f"{before['moe_layers']} layers{width}; {what} fall by {share:.1%}. Every layer keeps the same number of "
+        f"experts, so the result loads in stock transformers.{_quantisation(before['quantisation'])}"
+    )
+
+
+def _quantisation(scheme: str | None) -> str:
+    if scheme is None:
+        return ""
+    return (
+        f"\n\nThe source is quantised ({scheme}). It was read as bf16 and the result is written in bf16, without "
+        f"quantisation: bytes before and after are of two formats."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +46,36 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Coded:
+    """A tensor that two stored ones make, codes and scales."""
+
+    codes: str
+    scales: str
+    entry: TensorEntry
+    """What it is read as; its byte range begins at 0, as no file holds it."""
+    decode: Callable[[Any, Any], Tensor]
+    """Slices of codes and scales -> the whole tensor."""
+
+
+Coding = Callable[[Path, Mapping[str, TensorEntry]], Mapping[str, Coded]]
+"""Path and stored tensors of a checkpoint -> those that are read decoded, by the names that they are read under."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """The slice of a coded tensor: decoded when it is indexed."""
+
+    decode: Callable[[Any, Any], Tensor]
+    codes: Any
+    scales: Any
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.decode(self.codes, self.scales)[index]
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """All tensors of a checkpoint directory, by their names on disk, in file order."""
+    """All tensors of a checkpoint directory, by the names that they are read under, in file order."""
 
     path: Path
     shards: tuple[str, ...]
@@ -55,30 +83,49 @@ class Checkpoint:
     metadata: Mapping[str, Mapping[str, str]]
     """Shard -> the ``__metadata__`` of its header."""
     indexed: bool
+    on_disk: Mapping[str, TensorEntry]
+    """What lies on the disk: the same tensors, but codes and scales in place of what they make."""
+    coded: Mapping[str, Coded]
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors together, headers left out."""
-        return sum(entry.end - entry.start for entry in self.tensors.values())
+        """Bytes of all tensors on the disk together, headers left out."""
+        return sum(entry.end - entry.start for entry in self.on_disk.values())
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that make the tensor ``name``."""
+        how = self.coded.get(name)
+        return (how.codes, how.scales) if how else (name,)
 
     @contextmanager
-    def slices(self, names: list[str]) -> Iterator[dict[str, Tensor]]:
-        """Lazy safetensors slices of ``names``; valid inside the ``with`` block."""
-        files = {shard: safe_open(self.path / shard, "pt") for shard in {self.tensors[n].shard for n in names}}
+    def slices(self, names: list[str]) -> Iterator[dict[str, Any]]:
+        """Lazy slices of ``names`` (safetensors' own, or decoded ones); valid inside the ``with`` block."""
+        parts = {name: self.parts(name) for name in names}
+        shards = {self.on_disk[part].shard for found in parts.values() for part in found}
+        files = {shard: safe_open(self.path / shard, "pt") for shard in shards}
+
+        def lazy(name: str) -> Any:
+            found = [files[self.on_disk[part].shard].get_slice(part) for part in parts[name]]
+            return _Decoded(self.coded[name].decode, *found) if name in self.coded else found[0]
+
         try:
-            yield {name: files[self.tensors[name].shard].get_slice(name) for name in names}
+            yield {name: lazy(name) for name in names}
         finally:
             for file in files.values():
                 file.__exit__(None, None, None)
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor in its dtype on disk."""
-        with safe_open(self.path / self.tensors[name].shard, "pt") as file:
-            return file.get_tensor(name)
+        """One whole tensor, in its dtype on disk or decoded."""
+        with self.slices([name]) as slices:
+            return slices[name][...]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, coding: Coding | None = None) -> Checkpoint:
     """Read all headers below ``path`` and check that index, shards and sizes agree.
+
+    Args:
+        path: the directory.
+        coding: finds the tensors of a quantised checkpoint that are decoded when they are read.
 
     Raises:
         CheckpointError: no safetensors; a shard that is missing, truncated or damaged; a tensor that two shards hold,
@@ -99,10 +146,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
                     f"{shard} instead. Remove one of them."
                 )
             tensors[name] = entry
-    _refuse_dtypes(path, tensors)
     if weight_map is not None:
         _check_index(path, weight_map, tensors)
-    return Checkpoint(path, shards, tensors, metadata, weight_map is not None)
+    coded = coding(path, tensors) if coding else {}
+    read = _as_read(tensors, coded)
+    _refuse_dtypes(path, read)
+    return Checkpoint(path, shards, read, metadata, weight_map is not None, tensors, coded)
+
+
+def _as_read(stored: Mapping[str, TensorEntry], coded: Mapping[str, Coded]) -> dict[str, TensorEntry]:
+    """Decoded tensors in the places of their codes, scales left out."""
+    names = {item.codes: name for name, item in coded.items()}
+    scales = {item.scales for item in coded.values()}
+    return {
+        names.get(part, part): coded[names[part]].entry if part in names else entry
+        for part, entry in stored.items()
+        if part not in scales
+    }
 
 
 def _read_index(path: Path) -> dict[str, str] | None:
@@ -193,7 +253,7 @@ def _refuse_dtypes(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
         if entry.dtype not in TORCH_DTYPES:
             raise CheckpointError(
                 f"{path}: tensors must be {', '.join(TORCH_DTYPES)}. Got {entry.dtype} in '{name}' instead. "
-                f"Quantised checkpoints are not read yet: dequantise to bf16 first."
+                f"Dequantise to bf16 first."
             )
 
 

@@ -1,4 +1,4 @@
-"""Edits of ``config.json`` as text: only the digits of the named fields change, every other byte stays.
+"""Edits of ``config.json`` as text: named fields change their value or go, every other byte stays.
 
 Rewriting a config through transformers would rename fields and drop legacy keys that other runtimes read.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from json.decoder import JSONDecodeError, scanstring  # type: ignore[attr-defined]
 
 from dernkit.errors import CheckpointError
@@ -51,19 +51,15 @@ def _walk(text: str, at: int, path: Path, spans: dict[Path, tuple[int, int]]) ->
     return at
 
 
-def edit(text: str, changes: Mapping[tuple[str, ...], int]) -> str:
+def edit(text: str, changes: Mapping[tuple[str, ...], int | str]) -> str:
     """The same text with the values at ``changes``' paths replaced; an absent key is inserted first in its object.
 
     Raises:
         CheckpointError: the text is not JSON, or the object that should hold a path does not exist.
     """
-    try:
-        json.loads(text)
-    except JSONDecodeError as error:
-        raise CheckpointError(f"config.json: must be JSON. Got '{error}' instead. Download it again.") from None
-    spans = value_spans(text)
+    spans = _checked_spans(text)
     edits: list[tuple[int, int, str]] = []
-    absent: dict[Path, dict[str, int]] = {}
+    absent: dict[Path, dict[str, int | str]] = {}
     for path, value in changes.items():
         if path in spans:
             edits.append((*spans[path], json.dumps(value)))
@@ -78,6 +74,34 @@ def edit(text: str, changes: Mapping[tuple[str, ...], int]) -> str:
     for start, end, new in sorted(edits, reverse=True):
         text = text[:start] + new + text[end:]
     return text
+
+
+def remove(text: str, paths: Iterable[Path]) -> str:
+    """The same text without the keys at ``paths`` and one comma beside each of them.
+
+    Raises:
+        CheckpointError: the text is not JSON.
+    """
+    for path in paths:
+        while path in (spans := _checked_spans(text)):  # JSON allows a key twice
+            owner, end = spans[path[:-1]][0] + 1, spans[path][1]
+            before = [stop for key, (_, stop) in spans.items() if key[:-1] == path[:-1] and owner < stop < end]
+            after = _skip(text, end)
+            if before:
+                text = text[: max(before)] + text[end:]
+            elif text[after] == ",":
+                text = text[: _skip(text, owner)] + text[_skip(text, after + 1) :]
+            else:
+                text = text[:owner] + text[after:]
+    return text
+
+
+def _checked_spans(text: str) -> dict[Path, tuple[int, int]]:
+    try:
+        json.loads(text)
+    except JSONDecodeError as error:
+        raise CheckpointError(f"config.json: must be JSON. Got '{error}' instead. Download it again.") from None
+    return value_spans(text)
 
 
 def _brace(text: str, spans: Mapping[Path, tuple[int, int]], path: Path) -> int:

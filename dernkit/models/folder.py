@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -10,8 +11,9 @@ from typing import Any
 
 from dernkit.errors import CheckpointError
 from dernkit.models.checkpoint import INDEX
-from dernkit.models.config_text import edit, value_spans
+from dernkit.models.config_text import edit, remove, value_spans
 from dernkit.models.probe import get_field
+from dernkit.models.quantised import declarations
 from dernkit.models.source import SourceModel, open_source
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx")
@@ -25,11 +27,16 @@ def edited_config(source: SourceModel, changes: Mapping[tuple[str, ...], int]) -
     """The text of the source's config.json with ``changes`` made under every spelling that is present.
 
     Spellings are the field's canonical name and the aliases that its config class declares; a field that the text
-    leaves to its default is inserted.
+    leaves to its default is inserted. A quantised source is written in bfloat16: its quantisation goes, and a text
+    without a dtype gets that one, as transformers would take it from whichever tensor comes first.
     """
     text = (source.path / "config.json").read_bytes().decode()  # line ends as they are
+    edits: dict[tuple[str, ...], int | str] = {}
+    if source.scheme is not None:
+        text = remove(text, [path for path, _ in declarations(json.loads(text))])
     present = value_spans(text)
-    edits: dict[tuple[str, ...], int] = {}
+    if source.scheme is not None and not {("dtype",), ("torch_dtype",)} & present.keys():
+        edits["dtype",] = "bfloat16"
     for field, value in changes.items():
         spellings = _spellings(source.config, field)
         found = [spelling for spelling in spellings if spelling in present]

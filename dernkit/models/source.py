@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dernkit.api import Adapter, Block
 from dernkit.errors import CheckpointError
 from dernkit.models.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
 from dernkit.models.probe import build_on_meta
+from dernkit.models.quantised import DTYPE, Scheme, declarations, scheme_of
 from dernkit.models.store import Store, quiet_transformers
 from dernkit.sentences import did_you_mean, reason, shown
 
@@ -37,6 +38,8 @@ class SourceModel:
     model_class: type[nn.Module]
     adapters: Sequence[Adapter]
     trust_remote_code: bool = False
+    scheme: Scheme | None = None
+    """How the checkpoint is quantised; ``config`` and ``checkpoint`` show it as it is read, in bfloat16."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,32 +108,74 @@ def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: b
     Raises:
         CheckpointError: not a MoE, quantised, damaged, or of a layout that no adapter explains.
     """
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: must hold config.json. Got none instead. Give the directory of a checkpoint.")
-    _check_model_type(path, trust_remote_code)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds here; each means that the config is not understood
-        raise _not_understood(path, error) from None
-    _refuse_quantised(path, config)
-    source = SourceModel(
-        path, config, open_checkpoint(path), _model_class(config, trust_remote_code), tuple(adapters), trust_remote_code
-    )
+    source = replace(read_source(path, trust_remote_code=trust_remote_code), adapters=tuple(adapters))
     for block in source.outline[1]:
         _check_routing(path, block)
         block.router_kind()  # runs the router: one that does not do what its shapes say is refused here
     return source
 
 
-def _check_model_type(path: Path, trust_remote_code: bool) -> None:
-    """Say what transformers would say in a page, or ask at a prompt."""
+def read_source(path: Path, *, trust_remote_code: bool = False) -> SourceModel:
+    """Config and headers of any checkpoint, without a look at its model: no adapter has claimed it yet.
+
+    Raises:
+        CheckpointError: transformers does not know the config, or the checkpoint is damaged or quantised in a way that
+            is not read.
+    """
+    fields = read_config(path)
+    _check_model_type(path, fields, trust_remote_code)
+    scheme = scheme_of(path, fields)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds here; each means that the config is not understood
+        raise _not_understood(path, error) from None
+    if scheme is not None:
+        _as_read(config, fields)
+    checkpoint = open_checkpoint(path, scheme.coded if scheme else None)
+    model_class = _model_class(config, trust_remote_code)
+    return SourceModel(path, config, checkpoint, model_class, (), trust_remote_code, scheme)
+
+
+def is_read_decoded(path: Path) -> bool:
+    """Whether the checkpoint is quantised in a way that is read; false for any other that transformers may load."""
+    try:
+        return scheme_of(path, read_config(path)) is not None
+    except CheckpointError:
+        return False
+
+
+def _as_read(config: Any, fields: Mapping[str, Any]) -> None:
+    """The config of the model that is read: without its quantisation, in bfloat16 unless it names a dtype."""
+    for (*owners, name), _ in list(declarations(fields)):
+        owner = config
+        for step in owners:
+            owner = getattr(owner, step, None)
+        if hasattr(owner, name):
+            delattr(owner, name)
+    if config.dtype is None:
+        config.dtype = DTYPE
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields of ``path``'s config.json as they are written.
+
+    Raises:
+        CheckpointError: there is none, or it is not a JSON object.
+    """
     file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path}: must hold config.json. Got none instead. Give the directory of a checkpoint.")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: must be JSON. Got '{reason(error)}' instead. Download it again.") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: must be a JSON object. Got {shown(config)} instead. Download it again.")
+    return config
+
+
+def _check_model_type(path: Path, config: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """Say what transformers would say in a page, or ask at a prompt."""
     name = config.get("model_type")
     if not isinstance(name, str) or name in CONFIG_MAPPING or (config.get("auto_map") and trust_remote_code):
         return
@@ -140,8 +185,8 @@ def _check_model_type(path: Path, trust_remote_code: bool) -> None:
             f"instead. Read that code, then let it run with --trust-remote-code."
         )
     raise CheckpointError(
-        f"{file}: must have a 'model_type' that transformers {transformers.__version__} knows. Got '{name}' instead. "
-        f"{did_you_mean(name, CONFIG_MAPPING.keys()) or 'A newer transformers may know it.'}"
+        f"{path / 'config.json'}: must have a 'model_type' that transformers {transformers.__version__} knows. Got "
+        f"'{name}' instead. {did_you_mean(name, CONFIG_MAPPING.keys()) or 'A newer transformers may know it.'}"
     )
 
 
@@ -157,16 +202,6 @@ def _check_routing(path: Path, block: Block) -> None:
         raise CheckpointError(
             f"{path / 'config.json'}: a token must use at most all {block.dims.experts} experts. "
             f"Got a top-k of {block.dims.top_k} instead. Download it again."
-        )
-
-
-def _refuse_quantised(path: Path, config: Any) -> None:
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else str(quantised)
-        raise CheckpointError(
-            f"{path}: weights must be plain float32, bfloat16 or float16. Got '{method}' quantisation instead. "
-            f"Dequantise to bf16 first."
         )
 
 

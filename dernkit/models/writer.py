@@ -1,7 +1,8 @@
 """Safetensors out: the source's shards with some tensors replaced or left out, every other byte copied as it is.
 
-Names, shard layout, tensor order and metadata are the source's. All shapes are known before the first byte is written,
-so each output file is allocated whole (a full disk is noticed at once) and tensors are put in place in any order.
+Names, shard layout, tensor order and metadata are the source's; what a quantised source stores as codes and scales is
+written decoded. All shapes are known before the first byte is written, so each output file is allocated whole (a full
+disk is noticed at once) and tensors are put in place in any order.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One tensor to write: where it lies in the output, and whether its bytes are the source's."""
+    """One tensor to write: where it lies in the output, and whether its values are the source's."""
 
     entry: TensorEntry
     copied: bool
@@ -51,8 +52,9 @@ class ShardWriter:
         self.folder = folder
         self.outputs: dict[str, Output] = {}
         self._headers: dict[str, bytes] = {}
+        stored = _by_shard(source.on_disk, source.on_disk)
         for shard, names in _by_shard(source.tensors, source.tensors).items():
-            self._lay_out(shard, names, replaced, removed)
+            self._lay_out(shard, names, replaced, removed, stored.get(shard, []))
         self.resumed = all(self._is_laid_out(shard) for shard in self._headers)
 
     def allocate(self) -> None:
@@ -79,7 +81,7 @@ class ShardWriter:
 
     @property
     def copied(self) -> list[str]:
-        """Names of the tensors whose bytes are the source's."""
+        """Names of the tensors whose values are the source's."""
         return [name for name, output in self.outputs.items() if output.copied]
 
     @property
@@ -87,11 +89,18 @@ class ShardWriter:
         """Bytes of all tensors of the output together."""
         return sum(output.entry.end - output.entry.start for output in self.outputs.values())
 
-    def _lay_out(self, shard: str, names: list[str], replaced: Mapping[str, Tensor], removed: frozenset[str]) -> None:
+    def _lay_out(
+        self,
+        shard: str,
+        names: list[str],
+        replaced: Mapping[str, Tensor],
+        removed: frozenset[str],
+        stored: list[str],
+    ) -> None:
         header: dict[str, object] = {}
         if self.source.metadata[shard]:
             header["__metadata__"] = dict(self.source.metadata[shard])
-        at, entries, same = 0, {}, True
+        at, entries, same = 0, {}, names == stored
         for name in names:
             entry = self.source.tensors[name]
             if name in removed:
@@ -103,6 +112,7 @@ class ShardWriter:
                 dtype, shape = SAFETENSORS_DTYPES[new.dtype], tuple(new.shape)
                 size = new.numel() * new.element_size()
                 same = same and (dtype, shape) == (entry.dtype, entry.shape)
+            same = same and name not in self.source.coded
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
             entries[name] = TensorEntry(shard, dtype, shape, at, at + size)
             at += size
@@ -149,11 +159,14 @@ class ShardWriter:
         _pwrite(descriptor, raw, entry.start)
 
     def copy_untouched(self) -> None:
-        """Copy every tensor that was not replaced, byte for byte."""
+        """Write every tensor that was not replaced: decoded, or else copied byte for byte."""
         for shard, names in _by_shard(self.copied, self.source.tensors).items():
             with (self.source.path / shard).open("rb") as old, (self.folder / shard).open("r+b") as new:
                 for name in names:
-                    self._copy_one(old.fileno(), new.fileno(), name)
+                    if name in self.source.coded:
+                        self._put_one(new.fileno(), name, self.source.read(name))
+                    else:
+                        self._copy_one(old.fileno(), new.fileno(), name)
                 os.fsync(new.fileno())
 
     def _copy_one(self, old: int, new: int, name: str) -> None:
@@ -178,7 +191,9 @@ class ShardWriter:
     def _index(self) -> str:
         text = (self.source.path / INDEX).read_bytes().decode()
         index = json.loads(text)
-        weight_map = {name: shard for name, shard in index["weight_map"].items() if name in self.outputs}
+        decoded = {part: name for name in self.source.coded for part in self.source.parts(name)}
+        names = dict.fromkeys(decoded.get(part, part) for part in index["weight_map"])
+        weight_map = {name: self.outputs[name].entry.shard for name in names if name in self.outputs}
         total = self.tensor_bytes
         if weight_map == index["weight_map"] and total == self.source.tensor_bytes:
             return text

@@ -239,6 +239,6 @@ def expert_bytes(store: Store, blocks: Iterable[Block]) -> int:
     for block in blocks:
         names = [name for name in block.tensors() if ".experts." in name]
         for key in store.keys(names):
-            entry = store.checkpoint.tensors[key]
-            total += entry.end - entry.start
+            parts = (store.checkpoint.on_disk[part] for part in store.checkpoint.parts(key))
+            total += sum(entry.end - entry.start for entry in parts)
     return total

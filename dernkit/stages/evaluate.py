@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dernkit.api import Evaluator, Subject
 from dernkit.errors import CheckpointError
+from dernkit.models.source import is_read_decoded, read_source
 from dernkit.models.store import quiet_transformers
 from dernkit.progress import Progress
 from dernkit.sentences import reason
@@ -33,6 +35,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> object:
 def load_subject(path: Path, *, trust_remote_code: bool = False) -> Subject:
     """The whole model in memory, as any user of transformers would load it, in its own dtype.
 
+    A quantised checkpoint is loaded as it is compressed: decoded to bfloat16, not run on the kernels of its format.
+
     Raises:
         CheckpointError: transformers cannot load it, or reports a missing, unexpected or mismatched key.
     """
@@ -40,13 +44,9 @@ def load_subject(path: Path, *, trust_remote_code: bool = False) -> Subject:
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype="auto",
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            model, info = _load_model(path, trust_remote_code)
+        except CheckpointError:
+            raise
         except Exception as error:  # as above
             raise CheckpointError(
                 f"{path}: must hold a causal language model that transformers can load. Got '{reason(error)}' instead."
@@ -57,6 +57,22 @@ def load_subject(path: Path, *, trust_remote_code: bool = False) -> Subject:
             f"{path}: must load without a missing, unexpected or mismatched key. Got '{problems[0]}' instead."
         )
     return Subject(model.eval(), tokenizer, path)
+
+
+def _load_model(path: Path, trust_remote_code: bool) -> tuple[Any, Mapping[str, Any]]:
+    if not is_read_decoded(path):
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto",
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    source: Any = read_source(path, trust_remote_code=trust_remote_code)
+    with source.checkpoint.slices(list(source.checkpoint.tensors)) as slices:
+        return source.model_class.from_pretrained(
+            None, config=source.config, state_dict=slices, dtype=source.dtype, output_loading_info=True
+        )
 
 
 def evaluate(

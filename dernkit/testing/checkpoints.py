@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ _LATENT_ATTENTION = {
 }
 _QWEN = {"num_experts": 8, "moe_intermediate_size": 24, "intermediate_size": 56, "mlp_only_layers": [0]}
 
-FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**_ATTENTION, "num_local_experts": 8, "intermediate_size": 24}),
     "qwen2_moe": ("Qwen2Moe", {**_ATTENTION, **_QWEN, "shared_expert_intermediate_size": 20}),
     "qwen3_moe": ("Qwen3Moe", {**_ATTENTION, **_QWEN, "head_dim": 16, "norm_topk_prob": True}),
@@ -53,6 +52,13 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3", {**_LATENT_ATTENTION, "n_group": 2, "topk_group": 1}),
 }
 """Name -> (prefix of the transformers classes, config fields). Dense first layers where the family has them."""
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_oss": (
+        "GptOss",
+        {**_ATTENTION, "num_local_experts": 8, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16},
+    ),
+}
+"""The same for families that single features need: widths are multiples of 32, as MXFP4 wants them."""
 
 
 def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> Any:
@@ -60,7 +66,7 @@ def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0
 
     Weights are large enough for routing to differ from token to token, correction biases are not zero.
     """
-    prefix, family_fields = FAMILIES[family]
+    prefix, family_fields = (FAMILIES | OTHERS)[family]
     config = getattr(transformers, f"{prefix}Config")(**{**_BASE, **family_fields, **fields})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()

@@ -1,7 +1,8 @@
 """The folder that the documentation's commands run in: what its reader would have, made small.
 
-`my-moe` is a random Mixtral with a tokenizer of characters, `my-text.txt` and `heldout.txt` are text, `recipes` are the
-shipped ones with less calibration, and `benchmarks/testbeds` has the bundled model and the beginnings of its texts.
+`my-moe` is a random Mixtral with a tokenizer of characters, `my-fp8-moe` the same in FP8, `my-text.txt` and
+`heldout.txt` are text, `recipes` are the shipped ones with less calibration, and `benchmarks/testbeds` has the bundled
+model and the beginnings of its texts.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dernkit.testing.checkpoints import VOCABULARY, save_tiny
+from dernkit.testing.quantised import quantise_fp8
 from tests.docs.markdown import ROOT
 
 TESTBEDS = ROOT / "benchmarks/testbeds"
@@ -25,6 +28,9 @@ def make(folder: Path) -> None:
     """Fill an empty folder."""
     save_tiny(folder / "my-moe", "mixtral", dtype=None)
     _tokenizer().save_pretrained(folder / "my-moe")
+    save_tiny(folder / "my-fp8-moe", "mixtral", dtype=torch.bfloat16)
+    _tokenizer().save_pretrained(folder / "my-fp8-moe")
+    quantise_fp8(folder / "my-fp8-moe", 8, 8)
     text = (TESTBEDS / "calibration.txt").read_text(encoding="utf-8")
     (folder / "my-text.txt").write_text(text[:20_000], encoding="utf-8")
     (folder / "heldout.txt").write_text(text[20_000:24_000], encoding="utf-8")

@@ -53,8 +53,8 @@ CONTENT: dict[str, tuple[Break, str]] = {
     ),
     "quantisation in config": (
         lambda path: edit_config(path, quantization_config={"quant_method": "fp8"}),
-        "{path}: weights must be plain float32, bfloat16 or float16. Got 'fp8' quantisation instead. "
-        "Dequantise to bf16 first.",
+        "{path}: quantised weights must be block-FP8 (quant_method fp8 with weight_block_size) or MXFP4. Got 'fp8' "
+        "without weight_block_size instead. Dequantise to bf16 first.",
     ),
     "quantised tensors": (
         lambda path: edit_tensors(
@@ -62,7 +62,7 @@ CONTENT: dict[str, tuple[Break, str]] = {
             lambda t: t.update({f"{LAYER}.experts.0.w1.weight": torch.zeros(24, 32, dtype=torch.float8_e4m3fn)}),
         ),
         "{path}: tensors must be F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL. Got F8_E4M3 in "
-        f"'{LAYER}.experts.0.w1.weight' instead. Quantised checkpoints are not read yet: dequantise to bf16 first.",
+        f"'{LAYER}.experts.0.w1.weight' instead. Dequantise to bf16 first.",
     ),
     "model type that transformers does not know": (
         lambda path: edit_config(path, model_type="mixtrall"),
