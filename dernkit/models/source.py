@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from dernkit.api import Adapter, Block
 from dernkit.errors import CheckpointError
+from dernkit.models.architecture import read_config
 from dernkit.models.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
 from dernkit.models.probe import build_on_meta
 from dernkit.models.store import Store, quiet_transformers
-from dernkit.sentences import did_you_mean, reason, shown
+from dernkit.sentences import did_you_mean, reason
 
 _COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -105,8 +105,6 @@ def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: b
     Raises:
         CheckpointError: not a MoE, quantised, damaged, or of a layout that no adapter explains.
     """
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: must hold config.json. Got none instead. Give the directory of a checkpoint.")
     _check_model_type(path, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -123,23 +121,18 @@ def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: b
 
 def _check_model_type(path: Path, trust_remote_code: bool) -> None:
     """Say what transformers would say in a page, or ask at a prompt."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: must be JSON. Got '{reason(error)}' instead. Download it again.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: must be a JSON object. Got {shown(config)} instead. Download it again.")
+    config = read_config(path)
     name = config.get("model_type")
     if not isinstance(name, str) or name in CONFIG_MAPPING or (config.get("auto_map") and trust_remote_code):
         return
     if config.get("auto_map"):
         raise CheckpointError(
             f"{path}: must be of a model type that transformers has. Got '{name}', whose code comes with the model, "
-            f"instead. Read that code, then let it run with --trust-remote-code."
+            f"instead. Install a plugin that has this architecture, or read that code, then let it run with "
+            f"--trust-remote-code."
         )
     raise CheckpointError(
-        f"{file}: must have a 'model_type' that transformers {transformers.__version__} knows. Got '{name}' instead. "
+        f"{path / 'config.json'}: must have a 'model_type' that transformers {transformers.__version__} knows. Got '{name}' instead. "
         f"{did_you_mean(name, CONFIG_MAPPING.keys()) or 'A newer transformers may know it.'}"
     )
 
@@ -171,7 +164,8 @@ def _refuse_quantised(path: Path, config: Any) -> None:
 
 def _model_class(config: Any, trust_remote_code: bool) -> type[nn.Module]:
     names = config.architectures or []
-    if names and hasattr(transformers, names[0]):
+    from_plugin = not type(config).__module__.startswith("transformers.")  # then a name in transformers is another's
+    if names and hasattr(transformers, names[0]) and not from_plugin:
         return getattr(transformers, names[0])
     if type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM._model_mapping[type(config)]
