@@ -31,7 +31,7 @@ class DeepseekRouter(nn.Module):
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.renormalise = config.norm_topk_prob
+        self.renormalise = config.norm_topk_prob and self.top_k > 1
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -105,6 +105,11 @@ class DeepseekPreTrainedModel(LlamaPreTrainedModel):
         "attentions": LlamaAttention,
         "router_logits": OutputRecorder(DeepseekRouter, index=0),
     }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Yes. transformers would remember a "no" that it has found out for a Llama, and that is a parent here."""
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
