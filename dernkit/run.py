@@ -154,7 +154,7 @@ class Run:
         return sorted(used, key=lambda component: (component.kind, component.name))
 
     def _versions(self, *kinds: str) -> list[Any]:
-        """What makes a stage's code: dernkit's version and those of the plugins that take part, the model's included."""
+        """What makes a stage's code: dernkit's version and those of the plugins that take part (the model's does)."""
         taking_part = [c.provenance for c in self.components() if c.kind in (*kinds, "architecture")]
         return [metadata.version("dernkit"), sorted({f"{p.distribution} {p.version}" for p in taking_part})]
 

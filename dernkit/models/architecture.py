@@ -72,12 +72,7 @@ def register(component: Component) -> None:
     """
     name = component.name
     where = f"{component.provenance.file}:{component.provenance.line}: architecture '{name}'"
-    try:
-        architecture = component.cls()
-        config, model, conversions = architecture.config_class(), architecture.model_class(), architecture.conversions()
-    except Exception as error:  # code of strangers
-        raise PluginError(f"{where} must give its classes. Got '{reason(error)}' instead.") from error
-    _check_classes(where, name, config, model)
+    config, model, conversions = _parts(component, where)
     if name in CONFIG_MAPPING:
         known = CONFIG_MAPPING[name]
         if known is config:
@@ -86,22 +81,39 @@ def register(component: Component) -> None:
             f"{where} must have a model type that nothing else has. Got one that {known.__module__}.{known.__name__} "
             f"has instead. Uninstall {component.provenance.distribution}."
         )
+    _check_classes(where, name, config, model)
     try:
-        register_checkpoint_conversion_mapping(name, list(conversions))
-    except (TypeError, ValueError) as error:
-        raise PluginError(f"{where} must have a list of conversions. Got '{reason(error)}' instead.") from error
+        register_checkpoint_conversion_mapping(name, conversions)
+    except ValueError as error:
+        raise PluginError(f"{where} must have conversions of its own. Got '{reason(error)}' instead.") from error
     AutoConfig.register(name, config)
     AutoModelForCausalLM.register(config, model)
 
 
+def _parts(component: Component, where: str) -> tuple[Any, Any, list[Any]]:
+    """Config class, model class and conversions."""
+    try:
+        architecture = component.cls()
+        conversions = architecture.conversions()
+        if not isinstance(conversions, list | tuple):
+            raise TypeError("conversions() is not a list")
+        return architecture.config_class(), architecture.model_class(), list(conversions)
+    except Exception as error:  # code of strangers
+        raise PluginError(f"{where} must give its classes. Got '{reason(error)}' instead.") from error
+
+
 def _check_classes(where: str, name: str, config: Any, model: Any) -> None:
-    if not (isinstance(config, type) and issubclass(config, PreTrainedConfig) and config.model_type == name):
+    if not _is(config, PreTrainedConfig) or config.model_type != name:
         raise PluginError(
             f"{where} must have a config_class() that is a PreTrainedConfig with model_type '{name}'. "
             f"Got {config!r} instead."
         )
-    if not (isinstance(model, type) and issubclass(model, PreTrainedModel) and model.config_class is config):
+    if not _is(model, PreTrainedModel) or model.config_class is not config:
         raise PluginError(
             f"{where} must have a model_class() that is a PreTrainedModel with that config_class. Got {model!r} "
-            f"instead. Annotate it with `config: {config.__name__}`."
+            f"instead. Write `config_class = {config.__name__}` in it."
         )
+
+
+def _is(cls: Any, base: type) -> bool:
+    return isinstance(cls, type) and issubclass(cls, base)

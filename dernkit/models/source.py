@@ -132,8 +132,9 @@ def _check_model_type(path: Path, trust_remote_code: bool) -> None:
             f"--trust-remote-code."
         )
     raise CheckpointError(
-        f"{path / 'config.json'}: must have a 'model_type' that transformers {transformers.__version__} knows. Got '{name}' instead. "
-        f"{did_you_mean(name, CONFIG_MAPPING.keys()) or 'A newer transformers may know it.'}"
+        f"{path / 'config.json'}: must have a 'model_type' that transformers {transformers.__version__} knows. "
+        f"Got '{name}' instead. "
+        f"{did_you_mean(name, CONFIG_MAPPING.keys()) or 'A newer transformers or a plugin may know it.'}"
     )
 
 

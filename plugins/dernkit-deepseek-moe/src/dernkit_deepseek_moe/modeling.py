@@ -4,6 +4,7 @@ Dimensions: T tokens, H hidden size, E routed experts, I neurons of an expert, K
 """
 
 import copy
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from dernkit_deepseek_moe.configuration import DeepseekConfig
 
 
 class DeepseekRouter(nn.Module):
-    """Softmax over all experts in float32; the coefficients of the best K are not renormalised unless config says so."""
+    """Softmax over all experts in float32; the coefficients of the best K are renormalised only if config says so."""
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
@@ -99,8 +100,8 @@ class DeepseekPreTrainedModel(LlamaPreTrainedModel):
     """What transformers asks of all models of a family."""
 
     config: DeepseekConfig
-    _no_split_modules = ["DeepseekDecoderLayer"]
-    _can_record_outputs = {
+    _no_split_modules: ClassVar = ["DeepseekDecoderLayer"]
+    _can_record_outputs: ClassVar = {
         "hidden_states": DeepseekDecoderLayer,
         "attentions": LlamaAttention,
         "router_logits": OutputRecorder(DeepseekRouter, index=0),

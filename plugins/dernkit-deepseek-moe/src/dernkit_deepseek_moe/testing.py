@@ -86,5 +86,5 @@ def save_tiny(folder: Path, *, seed: int = 0, shard: str = "5GB", **fields: Any)
     model.to(getattr(torch, config["torch_dtype"])).save_pretrained(folder, max_shard_size=shard)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "generation_config.json").unlink(missing_ok=True)
-    for name in ("configuration_deepseek", "modeling_deepseek"):
-        (folder / f"{name}.py").write_text("raise RuntimeError('the code of the checkpoint was run')\n", encoding="utf-8")
+    for name in ("configuration_deepseek.py", "modeling_deepseek.py"):
+        (folder / name).write_text("raise RuntimeError('the code of the checkpoint was run')\n", encoding="utf-8")
