@@ -133,8 +133,8 @@ def _check_model_type(path: Path, trust_remote_code: bool) -> None:
         )
     raise CheckpointError(
         f"{path / 'config.json'}: must have a 'model_type' that transformers {transformers.__version__} knows. "
-        f"Got '{name}' instead. "
-        f"{did_you_mean(name, CONFIG_MAPPING.keys()) or 'A newer transformers or a plugin may know it.'}"
+        f"Got '{name}' instead. A newer transformers or a plugin may know it. "
+        f"{did_you_mean(name, CONFIG_MAPPING.keys())}".rstrip()
     )
 
 

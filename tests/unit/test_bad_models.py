@@ -67,7 +67,7 @@ CONTENT: dict[str, tuple[Break, str]] = {
     "model type that transformers does not know": (
         lambda path: edit_config(path, model_type="mixtrall"),
         "{path}/config.json: must have a 'model_type' that transformers {version} knows. Got 'mixtrall' instead. "
-        "Did you mean 'mixtral'?",
+        "A newer transformers or a plugin may know it. Did you mean 'mixtral'?",
     ),
     "code that comes with the model": (
         lambda path: edit_config(path, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"}),
