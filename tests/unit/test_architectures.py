@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedConfig,
     conversion_mapping,
 )
 
@@ -27,6 +29,7 @@ from dernkit.models.architecture import register, register_architectures, use_ar
 from dernkit.models.source import open_source
 from dernkit.models.universal import Universal
 from dernkit.registry import Registry
+from dernkit.stages.calibrate import check_vocabulary
 from dernkit.testing.checkpoints import save_tiny
 from tests.unit.workbench import edit_config
 
@@ -221,3 +224,10 @@ def test_what_is_no_architecture_is_refused_and_leaves_nothing(cls: type, said: 
 def test_a_name_is_a_model_type() -> None:
     with pytest.raises(PluginError, match=r"as config\.json has it as `model_type`\. Got 'own moe' instead\."):
         registry_of(WrongName)
+
+
+def test_a_config_that_does_not_say_how_many_tokens_are_known_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "mixtral")
+    source = replace(open_source(tmp_path, [Universal()]), config=PreTrainedConfig())
+    with pytest.raises(CheckpointError, match=r"config\.json: must have 'vocab_size', .* Got none instead\."):
+        check_vocabulary(source, torch.zeros(1, 4, dtype=torch.int64))

@@ -3,6 +3,8 @@
 import json
 import math
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,12 @@ def test_a_llama_of_the_same_process_is_in_nobodys_way() -> None:
     model = DeepseekForCausalLM(DeepseekConfig(**{**PUBLISHED, **fields, **more}))
     model.set_experts_implementation("eager")
     assert model.config._experts_implementation == "eager"
+
+
+def test_to_list_the_plugin_imports_no_transformers() -> None:
+    code = (
+        "import sys; from dernkit.registry import Registry; found = Registry.load().names('architecture'); "
+        "sys.exit('transformers' in sys.modules or 'deepseek' not in found)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
