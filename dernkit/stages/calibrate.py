@@ -152,7 +152,7 @@ def check_vocabulary(source: SourceModel, tokens: Tensor) -> None:
     """Refuse a tokenizer that is not the model's.
 
     Raises:
-        CheckpointError: it gave a token that the model has no embedding for, or config.json does not say how many it has.
+        CheckpointError: it gave a token that the model has no embedding for, or config.json says no number of tokens.
     """
     rows = getattr(source.config.get_text_config(), "vocab_size", None)
     if type(rows) is not int:
