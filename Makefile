@@ -29,7 +29,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+	$(BIN)/python -m pytest -m "not slow and not clients" -n $(WORKERS)
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

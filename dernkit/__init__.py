@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dernkit.compression import compress
+    from dernkit.models.architecture import register_architectures
     from dernkit.recipe import bind_recipe, load_recipe
     from dernkit.registry import Registry
 
-__all__ = ["Registry", "bind_recipe", "compress", "load_recipe"]
+__all__ = ["Registry", "bind_recipe", "compress", "load_recipe", "register_architectures"]
 
 _HOMES = {
     "Registry": "dernkit.registry",
     "bind_recipe": "dernkit.recipe",
     "compress": "dernkit.compression",
     "load_recipe": "dernkit.recipe",
+    "register_architectures": "dernkit.models.architecture",
 }
 
 

@@ -32,6 +32,7 @@ from dernkit.types import (
 
 __all__ = [
     "Adapter",
+    "Architecture",
     "Assigner",
     "Assignment",
     "Block",
@@ -269,5 +270,31 @@ class Adapter(Protocol):
 
         Raises:
             CheckpointError: the model has experts that this adapter knows it cannot handle faithfully.
+        """
+        ...
+
+
+@runtime_checkable
+class Architecture(Protocol):
+    """A model that transformers does not have, in three classes' worth of code.
+
+    ``name`` is the ``model_type`` that its checkpoints' config.json has. The methods import what they return, so that
+    listing plugins stays quick; they are called when a checkpoint with that model type is opened.
+    """
+
+    name: ClassVar[str]
+
+    def config_class(self) -> type:
+        """A ``PreTrainedConfig`` with that ``model_type``; its fields are those of config.json."""
+        ...
+
+    def model_class(self) -> type:
+        """A ``PreTrainedModel`` that is a causal language model and is built from such a config alone."""
+        ...
+
+    def conversions(self) -> Sequence[Any]:
+        """How tensors on disk become those in memory, as transformers' ``WeightConverter`` and ``WeightRenaming``.
+
+        Empty when names and shapes are the same. dernkit writes results by the inverse of it.
         """
         ...

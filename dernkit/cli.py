@@ -78,10 +78,13 @@ def inspect(model: str, as_json: bool, trust_remote_code: bool) -> None:
     """Say what a checkpoint is and how far it can be cut, without loading its weights."""
     registry = _registry()
     from dernkit.gather import abilities, describe
+    from dernkit.models.architecture import use_architecture
     from dernkit.models.source import open_source, resolve
 
     adapters = [component.cls() for component in registry.components("adapter")]
-    source = open_source(resolve(model), adapters, trust_remote_code=trust_remote_code)
+    path = resolve(model)
+    use_architecture(path, registry.components("architecture"))
+    source = open_source(path, adapters, trust_remote_code=trust_remote_code)
     facts = describe(source) | abilities(source)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
@@ -145,7 +148,7 @@ def plugins(as_json: bool) -> None:
     else:
         for row in rows:
             origin = f"{row['distribution']} {row['version']} {row['source']}"
-            click.echo(f"{row['kind']:<11} {row['name']:<18} {origin:<38} {row['summary']}")
+            click.echo(f"{row['kind']:<12} {row['name']:<18} {origin:<38} {row['summary']}")
         for problem in registry.problems:
             click.echo(str(problem), err=True)
     if registry.problems:
@@ -184,6 +187,7 @@ def schema() -> None:
 def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_code: bool) -> None:
     """Run RECIPE's evaluators on a model and print their metrics as JSON."""
     registry = _registry()
+    from dernkit.models.architecture import use_architecture
     from dernkit.models.source import resolve
     from dernkit.progress import for_terminal
     from dernkit.recipe import load_recipe
@@ -192,9 +196,9 @@ def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_
     bound = load_recipe(recipe, registry, overrides)
     if not bound.evaluators:
         raise RecipeError(f"{recipe}: evaluate: must list at least one evaluator. Got none instead.")
-    results = measure(
-        resolve(model), bound.evaluators, for_terminal(), what="model", trust_remote_code=trust_remote_code
-    )
+    path = resolve(model)
+    use_architecture(path, registry.components("architecture"))
+    results = measure(path, bound.evaluators, for_terminal(), what="model", trust_remote_code=trust_remote_code)
     click.echo(json.dumps(results, indent=1))
 
 

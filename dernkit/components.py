@@ -15,12 +15,25 @@ from dernkit.types import STATISTICS
 
 
 @dataclass(frozen=True, slots=True)
+class Names:
+    """How the components of a kind may be called: a pattern, and the same in words."""
+
+    pattern: re.Pattern[str]
+    words: str
+
+
+WORD = Names(re.compile(r"[a-z0-9]+(-[a-z0-9]+)*"), "lower-case letters and digits with single hyphens between")
+MODEL_TYPE = Names(re.compile(r"\w[\w.-]*"), "letters, digits, `_`, `-` and `.`, as config.json has it as `model_type`")
+
+
+@dataclass(frozen=True, slots=True)
 class Kind:
     """A kind of component: the hook that collects its classes and the protocol that they follow."""
 
     name: str
     hook: str
     protocol: type
+    names: Names = WORD
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -51,10 +64,10 @@ KINDS = {
         Kind("evaluator", "dernkit_evaluators", api.Evaluator),
         Kind("report", "dernkit_reports", api.Report),
         Kind("adapter", "dernkit_adapters", api.Adapter),
+        Kind("architecture", "dernkit_architectures", api.Architecture, MODEL_TYPE),
     )
 }
 PROTOCOLS = {kind.protocol: kind.name for kind in KINDS.values()}
-NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +114,7 @@ def component_of(kind: Kind, cls: Any, provenance: Provenance) -> Component:
     """
     try:
         _check_dataclass(cls)
-        _check_name(cls)
+        _check_name(kind, cls)
         for method in kind.methods:
             _check_method(kind, cls, method)
         options = _options(cls)
@@ -133,14 +146,13 @@ def _check_dataclass(cls: Any) -> None:
         raise ValueError(f"must be a frozen dataclass. Got {found} instead. Decorate it with @dataclass(frozen=True).")
 
 
-def _check_name(cls: Any) -> None:
+def _check_name(kind: Kind, cls: Any) -> None:
     if any(field.name == "name" for field in dataclasses.fields(cls)):
         raise ValueError("must have a `name` of the class. Got an option instead. Annotate it with ClassVar[str].")
     name = vars(cls).get("name")
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str) or not kind.names.pattern.fullmatch(name):
         raise ValueError(
-            "must have a `name` in lower-case letters and digits with single hyphens between. "
-            f"Got {name!r} instead. Write name: ClassVar[str] = 'my-word'."
+            f"must have a `name` in {kind.names.words}. Got {name!r} instead. Write name: ClassVar[str] = 'my-word'."
         )
 
 

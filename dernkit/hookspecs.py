@@ -60,3 +60,8 @@ def dernkit_reports() -> list[type]:  # type: ignore[empty-body]
 @hookspec
 def dernkit_adapters() -> list[type]:  # type: ignore[empty-body]
     """Adapters: classes with ``name`` and ``blocks(model)``: where a family keeps its experts."""
+
+
+@hookspec
+def dernkit_architectures() -> list[type]:  # type: ignore[empty-body]
+    """Architectures: classes with ``name``, ``config_class()``, ``model_class()`` and ``conversions()``: new models."""

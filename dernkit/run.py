@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from dernkit.artifacts import (
     sizes,
     whole,
 )
+from dernkit.components import Component
 from dernkit.digest import content_digests, digest, file_digest, missing_paths
 from dernkit.directory import EVAL, LOCK, MODEL, MOVES, PLAN, STATS, RunDirectory
 from dernkit.errors import CheckpointError, RecipeError
 from dernkit.gather import gather
+from dernkit.models.architecture import use_architecture
 from dernkit.models.folder import RECORD as MADE_FROM
 from dernkit.models.folder import other_files
 from dernkit.models.source import SourceModel, open_source
@@ -63,6 +65,8 @@ class Run:
     registry: Registry
     progress: Progress
     trust_remote_code: bool = False
+    _architecture: Component | None = field(init=False, default=None)
+    """That of the model, where a plugin brings it."""
 
     @property
     def _place(self) -> RunDirectory:
@@ -86,6 +90,7 @@ class Run:
     def _execute(self) -> Path:
         self._place.check(self.path)
         self._check_files()
+        self._architecture = use_architecture(self.path, self.registry.components("architecture"))
         source = open_source(self.path, self._adapters(), trust_remote_code=self.trust_remote_code)
         plan.check_keep(source, self.recipe.plan)
         with self._place.locked():
@@ -138,7 +143,7 @@ class Run:
         parts += [("evaluator", evaluator) for evaluator in recipe.evaluators]
         parts += [("source", recipe.calibrate.source)] if recipe.calibrate else []
         parts += [("adapter", adapter) for adapter in self._adapters()]
-        used = set()
+        used = {self._architecture} if self._architecture else set()
         while parts:
             kind, part = parts.pop()
             if part is None:
@@ -149,8 +154,8 @@ class Run:
         return sorted(used, key=lambda component: (component.kind, component.name))
 
     def _versions(self, *kinds: str) -> list[Any]:
-        """What makes a stage's code: dernkit's version and those of the plugins that take part."""
-        taking_part = [c.provenance for c in self.components() if c.kind in kinds]
+        """What makes a stage's code: dernkit's version and those of the plugins that take part (the model's does)."""
+        taking_part = [c.provenance for c in self.components() if c.kind in (*kinds, "architecture")]
         return [metadata.version("dernkit"), sorted({f"{p.distribution} {p.version}" for p in taking_part})]
 
     def _calibrate(self, source: SourceModel, fingerprint: str) -> dict[int, LayerStats]:

@@ -36,6 +36,7 @@ PLACES = {
     "evaluator": "Named in the entries of `evaluate`.",
     "report": "Named in `report`.",
     "adapter": "Recipes do not name it: the one that claims a model is used.",
+    "architecture": "Recipes do not name it: that of the checkpoint's model type is used. None comes with dernkit.",
 }
 
 

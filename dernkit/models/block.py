@@ -43,7 +43,8 @@ class UniversalBlock:
     @property
     def hidden(self) -> int:
         """Size of the vectors that the block reads; its experts may see a projection of them."""
-        return int(self.family.model.config.get_text_config().hidden_size)
+        size = getattr(self.family.model.config.get_text_config(), "hidden_size", None)
+        return int(size if size is not None else tensor_of(self.module, self.router_name).shape[1])
 
     def bank(self) -> ExpertBank:
         experts, layout = self.experts, self.layout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from dernkit.api import Adapter, Block
 from dernkit.errors import CheckpointError
+from dernkit.models.architecture import read_config
 from dernkit.models.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
 from dernkit.models.probe import build_on_meta
 from dernkit.models.quantised import DTYPE, Scheme, declarations, scheme_of
 from dernkit.models.store import Store, quiet_transformers
-from dernkit.sentences import did_you_mean, reason, shown
+from dernkit.sentences import did_you_mean, reason
 
 _COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -156,24 +156,6 @@ def _as_read(config: Any, fields: Mapping[str, Any]) -> None:
         config.dtype = DTYPE
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The fields of ``path``'s config.json as they are written.
-
-    Raises:
-        CheckpointError: there is none, or it is not a JSON object.
-    """
-    file = path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{path}: must hold config.json. Got none instead. Give the directory of a checkpoint.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: must be JSON. Got '{reason(error)}' instead. Download it again.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: must be a JSON object. Got {shown(config)} instead. Download it again.")
-    return config
-
-
 def _check_model_type(path: Path, config: Mapping[str, Any], trust_remote_code: bool) -> None:
     """Say what transformers would say in a page, or ask at a prompt."""
     name = config.get("model_type")
@@ -182,11 +164,13 @@ def _check_model_type(path: Path, config: Mapping[str, Any], trust_remote_code: 
     if config.get("auto_map"):
         raise CheckpointError(
             f"{path}: must be of a model type that transformers has. Got '{name}', whose code comes with the model, "
-            f"instead. Read that code, then let it run with --trust-remote-code."
+            f"instead. Install a plugin that has this architecture, or read that code, then let it run with "
+            f"--trust-remote-code."
         )
     raise CheckpointError(
-        f"{path / 'config.json'}: must have a 'model_type' that transformers {transformers.__version__} knows. Got "
-        f"'{name}' instead. {did_you_mean(name, CONFIG_MAPPING.keys()) or 'A newer transformers may know it.'}"
+        f"{path / 'config.json'}: must have a 'model_type' that transformers {transformers.__version__} knows. "
+        f"Got '{name}' instead. A newer transformers or a plugin may know it. "
+        f"{did_you_mean(name, CONFIG_MAPPING.keys())}".rstrip()
     )
 
 
@@ -207,7 +191,8 @@ def _check_routing(path: Path, block: Block) -> None:
 
 def _model_class(config: Any, trust_remote_code: bool) -> type[nn.Module]:
     names = config.architectures or []
-    if names and hasattr(transformers, names[0]):
+    from_plugin = not type(config).__module__.startswith("transformers.")  # then a name in transformers is another's
+    if names and hasattr(transformers, names[0]) and not from_plugin:
         return getattr(transformers, names[0])
     if type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM._model_mapping[type(config)]

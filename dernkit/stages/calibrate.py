@@ -152,9 +152,14 @@ def check_vocabulary(source: SourceModel, tokens: Tensor) -> None:
     """Refuse a tokenizer that is not the model's.
 
     Raises:
-        CheckpointError: it gave a token that the model has no embedding for.
+        CheckpointError: it gave a token that the model has no embedding for, or config.json says no number of tokens.
     """
-    rows = source.config.get_text_config().vocab_size
+    rows = getattr(source.config.get_text_config(), "vocab_size", None)
+    if type(rows) is not int:
+        raise CheckpointError(
+            f"{source.path / 'config.json'}: must have 'vocab_size', the number of known tokens. Got none instead. "
+            f"A plugin's config class may say in its attribute_map what the field is called."
+        )
     if int(tokens.max()) >= rows:
         raise CheckpointError(
             f"{source.path}: the tokenizer must give tokens below {rows}, the model's vocabulary. "

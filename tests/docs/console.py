@@ -1,6 +1,7 @@
 """Runs ``console`` blocks of the documentation and compares what they print with what the page says they print.
 
-Only ``dernkit`` and a few commands that look at files are run; ``make``, ``pip`` and the like are not. In the expected
+Only ``dernkit``, a few commands that look at files and ``pip install`` of a local folder are run; ``make`` and the like
+are not. What pip installs goes into a folder of the working directory, which must be on ``sys.path``. In the expected
 output a line ``…`` stands for any number of lines and a ``…`` in a line for the rest of that line or a part of it;
 decimal numbers (times, losses) need not agree.
 """
@@ -8,15 +9,18 @@ decimal numbers (times, losses) need not agree.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from dernkit.cli import main
 
 LOOKED_AT_ONLY = ("cat", "head", "ls", "diff", "cp", "mkdir")
+SITE = ".site"
 NOT_RUN = ("make", "pip", "python", "python3", "git", "cd")
 
 _DECIMAL = re.compile(r"[+-]?\d[\d,]*\.\d+")
@@ -39,6 +43,9 @@ def sessions(text: str) -> list[tuple[str, str]]:
 def check(command: str, expected: str) -> None:
     """Run one command in the working directory; a command without shown output must only succeed."""
     words = shlex.split(command)
+    if words[:2] == ["pip", "install"] and words[2].startswith("./"):
+        _install(words[2])
+        return
     if words[0] in NOT_RUN:
         return
     status, printed = _dernkit(words[1:]) if words[0] == "dernkit" else _shell(words)
@@ -58,8 +65,20 @@ def _dernkit(arguments: list[str]) -> tuple[int, str]:
     return 0, stream.getvalue()
 
 
+def _install(folder: str) -> None:
+    """Offline, and without what is there already."""
+    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
+    status, printed = _shell_out([sys.executable, "-m", "pip", "install", *offline, "--target", SITE, folder])
+    assert status == 0, printed
+    importlib.invalidate_caches()
+
+
 def _shell(words: list[str]) -> tuple[int, str]:
     assert words[0] in LOOKED_AT_ONLY, f"'{words[0]}' in a console block: add it to what is run or to what is not"
+    return _shell_out(words)
+
+
+def _shell_out(words: list[str]) -> tuple[int, str]:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 

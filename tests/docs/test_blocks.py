@@ -20,6 +20,8 @@ from tests.docs.markdown import PAGES, Block, blocks, name
 RUN = ("console", "python", "yaml")
 SHOWN = ("text", "sh", "toml", "json")
 FILENAME = re.compile(r"# ([\w-]+\.yaml)\n")
+SOURCE = re.compile(r"# ([\w/.-]+\.(?:py|toml))\n")
+"""A block that begins with such a comment is a file: it is saved, not run."""
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +38,7 @@ def here(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A workspace of its own, as the working directory."""
     folder = shutil.copytree(template, tmp_path / "work", symlinks=True)
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder / console.SITE)
     return folder
 
 
@@ -45,7 +48,10 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page: Path, here: Path, re
     for block in blocks(page):
         if block.skip:
             continue
-        if block.language == "python":
+        if saved := SOURCE.match(block.text):
+            (here / saved[1]).parent.mkdir(parents=True, exist_ok=True)
+            (here / saved[1]).write_text(block.text, encoding="utf-8")
+        if block.language == "python" and not saved:
             exec(compile("\n" * block.line + block.text, page, "exec", dont_inherit=True), names)
         elif block.language == "yaml":
             check_recipe(block, here, registry)

@@ -67,12 +67,12 @@ CONTENT: dict[str, tuple[Break, str]] = {
     "model type that transformers does not know": (
         lambda path: edit_config(path, model_type="mixtrall"),
         "{path}/config.json: must have a 'model_type' that transformers {version} knows. Got 'mixtrall' instead. "
-        "Did you mean 'mixtral'?",
+        "A newer transformers or a plugin may know it. Did you mean 'mixtral'?",
     ),
     "code that comes with the model": (
         lambda path: edit_config(path, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"}),
         "{path}: must be of a model type that transformers has. Got 'own', whose code comes with the model, instead. "
-        "Read that code, then let it run with --trust-remote-code.",
+        "Install a plugin that has this architecture, or read that code, then let it run with --trust-remote-code.",
     ),
     "tokenizer of another model": (
         lambda path: (

@@ -90,7 +90,8 @@ def test_code_that_comes_with_a_model_does_not_run_unless_allowed(own_code: Work
     (own_code.model / "modeling_own.py").write_text("raise SystemExit('ran')")
     assert own_code.refusal(5) == (
         f"{own_code.model}: must be of a model type that transformers has. Got 'own_moe_of_a_test', whose code comes "
-        f"with the model, instead. Read that code, then let it run with --trust-remote-code."
+        "with the model, instead. Install a plugin that has this architecture, or read that code, then let it run "
+        "with --trust-remote-code."
     )
 
 

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
+
+from tests.unit.environment import run, with_plugin
 
 PLUGIN = Path(__file__).parents[2] / "plugins/dernkit-example"
 RECIPE = """\
@@ -38,24 +37,10 @@ print(json.dumps({
 """
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python of a new environment that sees the running one's packages and has the plugin installed on top."""
-    folder = tmp_path_factory.mktemp("fresh")
-    venv.create(folder / "env", symlinks=True)
-    python = folder / "env/bin/python"
-    purelib = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
-    (purelib / "running.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    copy = shutil.copytree(PLUGIN, folder / "dernkit-example", ignore=shutil.ignore_patterns("__pycache__"))
-    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
-    run(python, "-m", "pip", "install", *offline, copy, cwd=folder)
-    return python
+    """Python of an environment with the plugin."""
+    return with_plugin(tmp_path_factory.mktemp("fresh"), PLUGIN)
 
 
 def test_an_installed_plugin_is_found_and_a_recipe_can_name_its_scorer(fresh: Path, tmp_path: Path) -> None:

@@ -1,0 +1,28 @@
+"""Environments in which a plugin is installed as a stranger would."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """What a command prints; it must succeed."""
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def with_plugin(folder: Path, plugin: Path) -> Path:
+    """Python of a new environment that sees the running one's packages and has the plugin installed on top."""
+    venv.create(folder / "env", symlinks=True)
+    python = folder / "env/bin/python"
+    purelib = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
+    (purelib / "running.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    copy = shutil.copytree(plugin, folder / plugin.name, ignore=shutil.ignore_patterns("__pycache__"))
+    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
+    run(python, "-m", "pip", "install", *offline, copy, cwd=folder)
+    return python
