@@ -29,11 +29,12 @@ LENGTH = Number(integer=True, low=2, high=1_048_576)
 BATCH_SIZE = Number(integer=True, low=1, high=4096)
 SAMPLE = Number(integer=True, low=1, high=100_000_000)
 DEFAULT_SEED, DEFAULT_BATCH_SIZE, DEFAULT_SAMPLE = 0, 8, 16_384
+MTP, DEFAULT_MTP = Choice(("compress", "drop")), "compress"
 
 TOP = ("dernkit", "seed", "calibrate", "plan", "apply", "evaluate", "report")
 CALIBRATE = ("source", "sequences", "length", "batch_size", "sample")
 PLAN = ("keep", "score", "budget", "assign")
-APPLY = ("merge", "router")
+APPLY = ("merge", "router", "mtp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ class ApplySpec:
 
     merge: Merge | None
     router: Router
+    mtp: str = DEFAULT_MTP
+    """Multi-token-prediction layers: ``compress`` (by the plan of the last MoE layer) or ``drop``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ class Recipe:
             data["calibrate"] = {"source": plain(self.calibrate.source), **sizes}
         return data | {
             "plan": plan,
-            "apply": {**apply, "router": plain(self.apply.router)},
+            "apply": {**apply, "router": plain(self.apply.router), "mtp": self.apply.mtp},
             "evaluate": [plain(evaluator) for evaluator in self.evaluators],
             "report": plain(self.report),
         }
@@ -199,6 +202,7 @@ def _apply(binder: Binder) -> ApplySpec:
     return ApplySpec(
         merge=binder.component((*here, "merge"), "merge") if merged else None,
         router=binder.component((*here, "router"), "router", DEFAULT_ROUTER),
+        mtp=binder.entry((*here, "mtp"), MTP, DEFAULT_MTP),
     )
 
 

@@ -244,6 +244,7 @@ class Run:
                 folder=folder,
                 key=key,
                 progress=self.progress,
+                mtp=self.recipe.apply.mtp,
             )
             (folder / "README.md").write_text(card.render(self.model, self.recipe, plans), encoding="utf-8")
             record = {"key": key, "source": fingerprint, "files": sizes(folder)}

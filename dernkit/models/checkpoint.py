@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,19 @@ class Checkpoint:
     metadata: Mapping[str, Mapping[str, str]]
     """Shard -> the ``__metadata__`` of its header."""
     indexed: bool
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Name in ``tensors`` -> name in the file, where they differ."""
+
+    def stored(self, name: str) -> str:
+        """The name of a tensor in its file."""
+        return self.aliases.get(name, name)
+
+    def with_others_in_place(self, replaced: Iterable[str], aliases: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint without the tensors ``replaced``, and with others under their names (alias -> tensor)."""
+        gone = set(replaced)
+        kept = {name: entry for name, entry in self.tensors.items() if name not in gone}
+        others = {alias: self.tensors[name] for alias, name in aliases.items()}
+        return replace(self, tensors=kept | others, aliases=aliases)
 
     @property
     def tensor_bytes(self) -> int:
@@ -66,7 +79,7 @@ class Checkpoint:
         """Lazy safetensors slices of ``names``; valid inside the ``with`` block."""
         files = {shard: safe_open(self.path / shard, "pt") for shard in {self.tensors[n].shard for n in names}}
         try:
-            yield {name: files[self.tensors[name].shard].get_slice(name) for name in names}
+            yield {name: files[self.tensors[name].shard].get_slice(self.stored(name)) for name in names}
         finally:
             for file in files.values():
                 file.__exit__(None, None, None)
@@ -74,7 +87,7 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One whole tensor in its dtype on disk."""
         with safe_open(self.path / self.tensors[name].shard, "pt") as file:
-            return file.get_tensor(name)
+            return file.get_tensor(self.stored(name))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -11,6 +11,7 @@ from typing import Any
 from dernkit.errors import CheckpointError
 from dernkit.models.checkpoint import INDEX
 from dernkit.models.config_text import edit, value_spans
+from dernkit.models.mtp import without_mtp
 from dernkit.models.probe import get_field
 from dernkit.models.source import SourceModel, open_source
 
@@ -21,15 +22,19 @@ SOURCE_CARD = "SOURCE_README.md"
 _CARD = re.compile(r"(SOURCE_)*README\.md")
 
 
-def edited_config(source: SourceModel, changes: Mapping[tuple[str, ...], int]) -> str:
+def edited_config(source: SourceModel, changes: Mapping[tuple[str, ...], int], *, drop_mtp: bool = False) -> str:
     """The text of the source's config.json with ``changes`` made under every spelling that is present.
 
     Spellings are the field's canonical name and the aliases that its config class declares; a field that the text
-    leaves to its default is inserted.
+    leaves to its default is inserted. ``drop_mtp``: it also says that there are no multi-token-prediction layers.
     """
     text = (source.path / "config.json").read_bytes().decode()  # line ends as they are
     present = value_spans(text)
     edits: dict[tuple[str, ...], int] = {}
+    if drop_mtp:
+        fields, places = without_mtp(source.config, text)
+        changes = {**changes, **fields}
+        edits |= dict.fromkeys(places, 0)
     for field, value in changes.items():
         spellings = _spellings(source.config, field)
         found = [spelling for spelling in spellings if spelling in present]

@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from dernkit.api import Adapter, Block
 from dernkit.errors import CheckpointError
 from dernkit.models.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
+from dernkit.models.mtp import Mtp, MtpLayer, find_mtp
 from dernkit.models.probe import build_on_meta
 from dernkit.models.store import Store, quiet_transformers
 from dernkit.sentences import did_you_mean, reason, shown
@@ -67,6 +68,31 @@ class SourceModel:
             blocks = find_blocks(model, self.adapters)
         model.set_experts_implementation("eager")
         return Store(model, self.checkpoint, keep_dtypes=keep_dtypes), blocks
+
+    @cached_property
+    def mtp(self) -> Mtp:
+        """The multi-token-prediction layers.
+
+        Raises:
+            CheckpointError: there are experts or routers that belong to no layer.
+        """
+        store, blocks = self.outline
+        found = find_mtp(store, blocks[-1])
+        for layer in found.layers:
+            try:
+                self.open_mtp(layer)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{self.path}: the multi-token-prediction layer '{layer.path}' must fit where '{blocks[-1].path}' "
+                    f"is. Got '{reason(error)}' instead."
+                ) from None
+        return found
+
+    def open_mtp(self, layer: MtpLayer, *, keep_dtypes: bool = False) -> tuple[Store, Block]:
+        """A fresh store in which the layer's tensors stand for those of the last MoE block, and that block."""
+        swapped = replace(self, checkpoint=self.checkpoint.with_others_in_place(layer.stands_for, layer.names))
+        store, blocks = swapped.open(keep_dtypes=keep_dtypes)
+        return store, blocks[-1]
 
     def fingerprint(self) -> str:
         """Digest of config, tensor layout and evenly spaced samples of the weights (all bytes would take minutes)."""
@@ -118,6 +144,7 @@ def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: b
     )
     for block in source.outline[1]:
         _check_routing(path, block)
+    _ = source.mtp  # refuses what it cannot explain
     return source
 
 
