@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dernkit.errors import RecipeError
+from dernkit.models.groups import regrouped
 from dernkit.models.source import find_blocks
 from dernkit.progress import Progress, Silent
 from dernkit.recipe import Recipe, bind_recipe, load_recipe
@@ -48,6 +49,7 @@ def compress(
     progress = progress or Silent()
     bound = _bound(recipe, registry)
     blocks = find_blocks(model, [component.cls() for component in registry.components("adapter")])
+    blocks = regrouped(model, blocks, collapse=bound.plan.groups == "collapse")
     tokens = list(batches)
     if bound.requires and not tokens:
         raise RecipeError(

@@ -246,7 +246,8 @@ class Run:
                 progress=self.progress,
                 mtp=self.recipe.apply.mtp,
             )
-            (folder / "README.md").write_text(card.render(self.model, self.recipe, plans), encoding="utf-8")
+            text = card.render(self.model, self.recipe, plans, mtp=bool(source.mtp.tensors))
+            (folder / "README.md").write_text(text, encoding="utf-8")
             record = {"key": key, "source": fingerprint, "files": sizes(folder)}
             (folder / MADE_FROM).write_text(json.dumps(record) + "\n", encoding="utf-8")
             replace_folder(folder, self.out / MODEL)

@@ -38,11 +38,22 @@ def _first_sentence(run: Mapping[str, Any]) -> str:
     before, after = run["source"], run["result"]
     share = 1 - after["expert_bytes"] / before["expert_bytes"]
     width = "" if before["width"] == after["width"] else f", width {before['width']} → {after['width']}"
+    groups = "" if before["groups"] == after["groups"] else f", router groups {before['groups']} → {after['groups']}"
     return (
         f"`{run['model']}` ({before['family']}): {before['experts']} → {after['experts']} experts in "
-        f"{before['moe_layers']} layers{width}; expert bytes fall by {share:.1%}. Every layer keeps the same number of "
-        f"experts, so the result loads in stock transformers."
+        f"{before['moe_layers']} layers{width}{groups}; expert bytes fall by {share:.1%}. Every layer keeps the same "
+        f"number of experts, so the result loads in stock transformers.{_mtp(run)}"
     )
+
+
+def _mtp(run: Mapping[str, Any]) -> str:
+    before, after = run["source"], run["result"]
+    if not before["mtp_bytes"]:
+        return ""
+    if not after["mtp_bytes"]:
+        return " The multi-token-prediction layers were dropped."
+    where = ", ".join(f"`{path}`" for path in before["mtp_layers"]) or "none"
+    return f" Multi-token-prediction layers with experts ({where}) got the plan of layer {before['layers'][-1]}."
 
 
 def _sizes(run: Mapping[str, Any]) -> list[str]:

@@ -67,18 +67,18 @@ def _comes_along(name: str) -> bool:
     return not weights and not name.startswith(".") and name not in ("config.json", INDEX, RECORD)
 
 
-def verify(folder: Path, source: SourceModel, experts: int) -> SourceModel:
-    """Open the finished directory as a stranger would; every name, shape and the expert count must fit.
+def verify(folder: Path, source: SourceModel, experts: int, groups: int) -> SourceModel:
+    """Open the finished directory as a stranger would; every name, shape, the expert count and the groups must fit.
 
     Raises:
         CheckpointError: they do not (nothing is published then).
     """
     result = open_source(folder, source.adapters, trust_remote_code=source.trust_remote_code)
     _, blocks = result.outline
-    counts = {block.dims.experts for block in blocks}
-    if counts != {experts}:
+    counts = {(block.dims.experts, block.dims.groups) for block in blocks}
+    if counts != {(experts, groups)}:
         raise CheckpointError(
-            f"{folder}: the result must have {experts} experts in every MoE layer. Got {sorted(counts)} instead. "
-            f"This is a bug of the adapter '{source.adapters[0].name}'."
+            f"{folder}: every MoE layer of the result must have {experts} experts in groups: {groups}. "
+            f"Got {sorted(counts)} instead. This is a bug of the adapter '{source.adapters[0].name}'."
         )
     return result

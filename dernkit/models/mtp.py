@@ -133,8 +133,9 @@ def without_mtp(config: Any, text: str) -> tuple[dict[Field, int], list[Field]]:
     A class may count layers that the text does not mention (DeepSeek-V3: one by default), and a text may count them
     where the class does not look.
     """
-    spans = value_spans(text)
-    places = [
-        path for path, (start, end) in spans.items() if path and path[-1] in _COUNTS and text[start:end].isdigit()
-    ]
+    places = []
+    for path, (start, end) in value_spans(text).items():
+        names = tuple(name for name in path if isinstance(name, str))
+        if names == path and names[-1:] and names[-1] in _COUNTS and text[start:end].isdigit():
+            places.append(names)
     return dict.fromkeys(counting_fields(config, _COUNTS), 0), places

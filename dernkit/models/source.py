@@ -77,16 +77,22 @@ class SourceModel:
             CheckpointError: there are experts or routers that belong to no layer.
         """
         store, blocks = self.outline
-        found = find_mtp(store, blocks[-1])
-        for layer in found.layers:
-            try:
-                self.open_mtp(layer)
-            except CheckpointError as error:
-                raise CheckpointError(
-                    f"{self.path}: the multi-token-prediction layer '{layer.path}' must fit where '{blocks[-1].path}' "
-                    f"is. Got '{reason(error)}' instead."
-                ) from None
-        return found
+        return find_mtp(store, blocks[-1])
+
+    @cached_property
+    def mtp_outline(self) -> list[tuple[Store, Block]]:
+        """As `outline`, for every multi-token-prediction layer with routed experts.
+
+        Raises:
+            CheckpointError: one does not fit where the last MoE block is.
+        """
+        try:
+            return [self.open_mtp(layer) for layer in self.mtp.layers]
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{self.path}: multi-token-prediction layers ({', '.join(layer.path for layer in self.mtp.layers)}) "
+                f"must be built as '{self.outline[1][-1].path}' is. Got this in its place instead: {error}"
+            ) from None
 
     def open_mtp(self, layer: MtpLayer, *, keep_dtypes: bool = False) -> tuple[Store, Block]:
         """A fresh store in which the layer's tensors stand for those of the last MoE block, and that block."""
@@ -144,7 +150,7 @@ def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: b
     )
     for block in source.outline[1]:
         _check_routing(path, block)
-    _ = source.mtp  # refuses what it cannot explain
+    _ = source.mtp_outline  # refuses what it cannot explain
     return source
 
 

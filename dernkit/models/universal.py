@@ -15,6 +15,7 @@ from torch import nn
 from dernkit.api import Block, hookimpl
 from dernkit.errors import CheckpointError
 from dernkit.models.block import Family, UniversalBlock, experts_grown, is_declared_experts, tensor_of
+from dernkit.models.groups import group_rules
 from dernkit.models.probe import Probe, probe_field
 from dernkit.types import LayerDims
 
@@ -83,7 +84,7 @@ def _block(model: Any, experts_path: str, family: Family) -> UniversalBlock:
         top_k=_top_k(model.config, router, module),
         width=family.blocks_width,
         hidden=int(experts.down_proj.shape[2 if experts.is_transposed else 1]),
-        **_groups(model.config, router),
+        **group_rules(model.config, router),
     )
     per_expert = {name: dims_[0] for name, dims_ in followers.items() if name != rows[0]}
     return UniversalBlock(dims.layer, path, dims, module, experts, experts_path, rows[0], per_expert, family)
@@ -100,17 +101,6 @@ def _top_k(config: Any, router: nn.Module, block: nn.Module) -> int:
         f"{config.model_type}: the router must say how many experts a token takes. Got no top-k field instead. "
         f"This family needs an adapter plugin."
     )
-
-
-def _groups(config: Any, router: nn.Module) -> dict[str, int]:
-    """Group limits as the router applies them; DeepSeek-V2's group score is a maximum, all others' a sum of two."""
-    fields = {name: getattr(config, name, None) for name in ("n_group", "topk_group")} | vars(router)
-    groups = fields.get("num_group", fields.get("n_group")) or 1
-    method = fields.get("topk_method")
-    if groups == 1 or method == "greedy":
-        return {}
-    candidates = 1 if method == "group_limited_greedy" else 2
-    return {"groups": groups, "top_k_groups": fields.get("topk_group") or groups, "candidates_per_group": candidates}
 
 
 def _refuse_unexplained(model: Any, blocks: list[UniversalBlock], count: Probe) -> None:

@@ -18,6 +18,7 @@ from dernkit.errors import CheckpointError
 from dernkit.kernel.compress import compress_layer, target_width
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.folder import copy_other_files, edited_config, verify
+from dernkit.models.groups import regrouped
 from dernkit.models.probe import set_field
 from dernkit.models.source import SourceModel
 from dernkit.models.store import Store
@@ -32,6 +33,7 @@ def apply_live(
     model: Any, blocks: Sequence[Block], plans: Sequence[LayerPlan], merge: Merge | None, router: Router, seed: int
 ) -> None:
     """Surgery on every block of a model in memory, and on its config."""
+    blocks = regrouped(model, blocks, collapse=_one_group(plans))
     width = target_width(plans, merge)
     changes = blocks[0].config_changes(len(plans[0].kept), width)
     with torch.no_grad():
@@ -68,6 +70,7 @@ def apply_checkpoint(
             ("drop").
     """
     store, blocks = source.open(keep_dtypes=True)
+    blocks = regrouped(store.model, blocks, collapse=_one_group(plans))
     _check_fit(blocks, plans)
     width = target_width(plans, merge)
     dropped = source.mtp.tensors if mtp == "drop" else ()
@@ -92,7 +95,7 @@ def apply_checkpoint(
     config = edited_config(source, blocks[0].config_changes(experts, width), drop_mtp=bool(dropped))
     (folder / "config.json").write_bytes(config.encode())
     copy_other_files(source.path, folder)
-    verify(folder, source, experts)
+    verify(folder, source, experts, blocks[0].dims.groups)
     journal.remove()
 
 
@@ -109,6 +112,14 @@ class _Work:
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """In-memory tensors under their names in the checkpoint's files."""
         return {self.store.checkpoint.stored(key): value for key, value in self.store.to_disk(tensors).items()}
+
+
+def _one_group(plans: Sequence[LayerPlan]) -> bool:
+    """Whether the plans make one group of all: the config has one field for every layer."""
+    wanted = {plan.one_group for plan in plans}
+    if len(wanted) != 1:
+        raise CheckpointError("plan: groups must become one in every layer or in none. Got both instead.")
+    return wanted.pop()
 
 
 def _check_fit(blocks: Sequence[Block], plans: Sequence[LayerPlan]) -> None:
