@@ -138,4 +138,5 @@ def without_mtp(config: Any, text: str) -> tuple[dict[Field, int], list[Field]]:
         names = tuple(name for name in path if isinstance(name, str))
         if names == path and names[-1:] and names[-1] in _COUNTS and text[start:end].isdigit():
             places.append(names)
-    return dict.fromkeys(counting_fields(config, _COUNTS), 0), places
+    fields = (field for field in counting_fields(config, _COUNTS) if field not in places)
+    return dict.fromkeys(fields, 0), places
