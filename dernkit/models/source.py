@@ -89,9 +89,11 @@ class SourceModel:
         try:
             return [self.open_mtp(layer) for layer in self.mtp.layers]
         except CheckpointError as error:
+            paths, last = ", ".join(layer.path for layer in self.mtp.layers), self.outline[1][-1].path
+            _, _, found = str(error).partition("Got ")
             raise CheckpointError(
-                f"{self.path}: multi-token-prediction layers ({', '.join(layer.path for layer in self.mtp.layers)}) "
-                f"must be built as '{self.outline[1][-1].path}' is. Got this in its place instead: {error}"
+                f"{self.path}: multi-token-prediction layers ({paths}) must be built as '{last}' is. "
+                f"Got, read in its place, {found}"
             ) from None
 
     def open_mtp(self, layer: MtpLayer, *, keep_dtypes: bool = False) -> tuple[Store, Block]:
