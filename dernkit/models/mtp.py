@@ -73,15 +73,22 @@ class _Known:
         number = re.search(rf"(?:^|\.){last.layer}\.", self.base)
         self.layer_base = self.base[: number.end()] if number else self.base
         stack = self.layer_base.removesuffix(f"{last.layer}.") if number else None
-        self.extra_layer = None if stack is None else re.compile(rf"{re.escape(stack)}(\d+)\.")
-        loaded = (self.extra_layer.match(key) for key in store.target) if self.extra_layer else ()
-        self.loaded_layers = {match.group(1) for match in loaded if match}
+        self.numbered = None if stack is None else re.compile(rf"{re.escape(stack)}(\d+)\.(.*)")
+        loaded = {layer for layer, _ in self._numbered(store.target)}
+        parts = self._numbered(store.checkpoint.tensors)
+        usual = {part for layer, part in parts if layer in loaded}
+        self.numbers = {layer for layer, part in parts if layer not in loaded and part not in usual}
+        """Layers behind the last one, with a part that no layer of the model has: `eh_proj`, norms of the inputs."""
+
+    def _numbered(self, keys: Iterable[str]) -> list[tuple[str, str]]:
+        """Layer number and the rest of the name, for those in the stack of layers."""
+        matches = (self.numbered.match(key) for key in keys) if self.numbered else ()
+        return [(match.group(1), match.group(2)) for match in matches if match]
 
     def is_mtp(self, key: str) -> bool:
-        """A layer behind the model's last one, or one that is called an MTP layer."""
-        number = self.extra_layer.match(key) if self.extra_layer else None
-        if number:
-            return number.group(1) not in self.loaded_layers
+        """An extra layer behind the model's last one, or something that is called MTP."""
+        for number, _ in self._numbered([key]):
+            return number in self.numbers
         return any(_NAMED.search(part) for part in key.split(".")[:-1])
 
     def paths(self, tensors: Iterable[str]) -> list[str]:

@@ -274,6 +274,14 @@ def test_a_model_of_other_experts_beside_it_is_no_mtp_layer(tmp_path: Path):
         source(tmp_path / "source")
 
 
+def test_layers_that_the_config_cuts_off_are_no_mtp_layers(tmp_path: Path):
+    """They are behind the last layer too, but have nothing that the model's layers lack."""
+    save(tmp_path / "source", "deepseek", mtp=False)
+    edit_config(tmp_path / "source", num_hidden_layers=2)
+    with pytest.raises(CheckpointError, match=r"Got 'model\.layers\.2\.mlp\.experts\.0"):
+        source(tmp_path / "source")
+
+
 @pytest.mark.parametrize("name", [EXPERT, "model.layers.3.enorm.weight"])
 def test_mtp_weights_must_be_finite(tmp_path: Path, registry: Registry, name: str):
     extra = save(tmp_path / "source", "deepseek", mtp=False)
