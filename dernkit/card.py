@@ -16,19 +16,24 @@ if TYPE_CHECKING:
     from dernkit.recipe import Recipe
 
 
-def render(model: str, recipe: Recipe, plans: Sequence[LayerPlan], quantisation: str | None = None) -> str:
+def render(
+    model: str, recipe: Recipe, plans: Sequence[LayerPlan], *, mtp: bool = False, quantisation: str | None = None
+) -> str:
     """README.md of the output: what it was made from, how, and which experts it has; no time and no path.
 
-    ``quantisation`` says how the source is quantised.
+    Args:
+        model: what the user called the source.
+        recipe: how it was made.
+        plans: of all layers.
+        mtp: whether the source has multi-token-prediction layers.
+        quantisation: how the source is quantised.
     """
     name = Path(model).resolve().name if Path(model).exists() else model
     text = yaml.safe_dump(_without_paths(recipe.resolved()), sort_keys=False, width=100, default_flow_style=None)
-    formats = (
-        f"\n\nThe source is quantised ({quantisation}). It was read as bf16, and these weights are bf16, without\n"
-        f"quantisation."
-        if quantisation
-        else ""
-    )
+    done = {"compress": f"use the plan of layer {plans[-1].layer}", "drop": "are left out"}[recipe.apply.mtp]
+    extra = f"\nIts multi-token-prediction layers {done}.\n" if mtp else ""
+    if quantisation:
+        extra += f"\nThe source is quantised ({quantisation}). It was read as bf16, and these weights are bf16.\n"
     kept = "\n".join(f"| {plan.layer} | {', '.join(map(str, plan.kept.tolist()))} |" for plan in plans)
     return f"""---
 library_name: transformers
@@ -38,8 +43,8 @@ tags: [mixture-of-experts, dernkit, expert-pruning]
 
 Made from `{name}` by dernkit {metadata.version("dernkit")} without training:
 every MoE layer keeps {len(plans[0].kept)} of {plans[0].experts} experts. It loads in stock transformers. The source's
-licence applies; its own card, if it has one, is `{SOURCE_CARD}`.{formats}
-
+licence applies; its own card, if it has one, is `{SOURCE_CARD}`.
+{extra}
 | layer | kept experts (their indices in the source) |
 |---|---|
 {kept}

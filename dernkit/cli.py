@@ -99,9 +99,11 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["groups"] > 1:
         groups = f"{facts['groups']}, a token uses {facts['top_k_groups']}; keep a multiple of {facts['groups']}"
     quantisation = [("quantisation", f"{facts['quantisation']}, read as bf16")] if facts["quantisation"] else []
+    mtp = f"{facts['mtp_bytes']:,} bytes, experts in {', '.join(facts['mtp_layers']) or 'none of them'}"
     return [
         ("family", facts["family"]),
         ("MoE layers", f"{facts['moe_layers']} (decoder layers {_ranges(facts['layers'])})"),
+        *([("MTP layers", mtp)] if facts["mtp_bytes"] else []),
         ("experts", f"{facts['experts']} per layer, top-{facts['top_k']}"),
         ("router", facts["router"]),
         ("groups", groups),

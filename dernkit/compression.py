@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dernkit.errors import RecipeError
+from dernkit.models.groups import regrouped
 from dernkit.models.quantised import refuse_quantised
 from dernkit.models.source import find_blocks
 from dernkit.progress import Progress, Silent
@@ -50,6 +51,7 @@ def compress(
     bound = _bound(recipe, registry)
     refuse_quantised(model)
     blocks = find_blocks(model, [component.cls() for component in registry.components("adapter")])
+    blocks = regrouped(model, blocks, collapse=bound.plan.groups == "collapse")
     tokens = list(batches)
     if bound.requires and not tokens:
         raise RecipeError(

@@ -43,7 +43,9 @@ def describe(source: SourceModel) -> dict[str, Any]:
     """Sizes and routing of a checkpoint, from headers and config alone."""
     store, blocks = source.outline
     dims = blocks[0].dims
-    entries = source.checkpoint.tensors.values()
+    tensors = source.checkpoint.tensors
+    entries = tensors.values()
+    mtp = [(place, [block]) for place, block in source.mtp_outline]
     return {
         "family": source.config.model_type,
         "moe_layers": len(blocks),
@@ -59,7 +61,9 @@ def describe(source: SourceModel) -> dict[str, Any]:
         "quantisation": str(source.scheme) if source.scheme else None,
         "parameters": sum(torch.Size(entry.shape).numel() for entry in entries),
         "bytes": source.checkpoint.tensor_bytes,
-        "expert_bytes": expert_bytes(store, blocks),
+        "expert_bytes": sum(expert_bytes(*place) for place in [(store, blocks), *mtp]),
+        "mtp_layers": [layer.path for layer in source.mtp.layers],
+        "mtp_bytes": sum(tensors[key].end - tensors[key].start for key in source.mtp.tensors),
         "dtypes": sorted({entry.dtype for entry in source.checkpoint.on_disk.values()}),
         "shards": len(source.checkpoint.shards),
     }

@@ -29,11 +29,13 @@ LENGTH = Number(integer=True, low=2, high=1_048_576)
 BATCH_SIZE = Number(integer=True, low=1, high=4096)
 SAMPLE = Number(integer=True, low=1, high=100_000_000)
 DEFAULT_SEED, DEFAULT_BATCH_SIZE, DEFAULT_SAMPLE = 0, 8, 16_384
+GROUPS, DEFAULT_GROUPS = Choice(("respect", "collapse")), "respect"
+MTP, DEFAULT_MTP = Choice(("compress", "drop")), "compress"
 
 TOP = ("dernkit", "seed", "calibrate", "plan", "apply", "evaluate", "report")
 CALIBRATE = ("source", "sequences", "length", "batch_size", "sample")
-PLAN = ("keep", "score", "budget", "assign")
-APPLY = ("merge", "router")
+PLAN = ("keep", "score", "budget", "assign", "groups")
+APPLY = ("merge", "router", "mtp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class PlanSpec:
     scorer: Scorer
     budget: Budget
     assigner: Assigner | None
+    groups: str = DEFAULT_GROUPS
+    """A router's groups: ``respect`` (as many experts of each) or ``collapse`` (they become one)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,8 @@ class ApplySpec:
 
     merge: Merge | None
     router: Router
+    mtp: str = DEFAULT_MTP
+    """Multi-token-prediction layers: ``compress`` (by the plan of the last MoE layer) or ``drop``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,7 @@ class Recipe:
         plan = {"keep": self.plan.keep, "score": plain(self.plan.scorer), "budget": plain(self.plan.budget)}
         if self.plan.assigner is not None:
             plan["assign"] = plain(self.plan.assigner)
+        plan["groups"] = self.plan.groups
         apply = {} if self.apply.merge is None else {"merge": plain(self.apply.merge)}
         data: dict[str, Any] = {"dernkit": self.version, "seed": self.seed}
         if self.calibrate is not None:
@@ -110,7 +117,7 @@ class Recipe:
             data["calibrate"] = {"source": plain(self.calibrate.source), **sizes}
         return data | {
             "plan": plan,
-            "apply": {**apply, "router": plain(self.apply.router)},
+            "apply": {**apply, "router": plain(self.apply.router), "mtp": self.apply.mtp},
             "evaluate": [plain(evaluator) for evaluator in self.evaluators],
             "report": plain(self.report),
         }
@@ -176,6 +183,7 @@ def _plan(binder: Binder) -> PlanSpec:
         scorer=binder.component((*here, "score"), "scorer"),
         budget=binder.component((*here, "budget"), "budget", DEFAULT_BUDGET),
         assigner=binder.component((*here, "assign"), "assigner") if assigned else None,
+        groups=binder.entry((*here, "groups"), GROUPS, DEFAULT_GROUPS),
     )
 
 
@@ -199,6 +207,7 @@ def _apply(binder: Binder) -> ApplySpec:
     return ApplySpec(
         merge=binder.component((*here, "merge"), "merge") if merged else None,
         router=binder.component((*here, "router"), "router", DEFAULT_ROUTER),
+        mtp=binder.entry((*here, "mtp"), MTP, DEFAULT_MTP),
     )
 
 

@@ -249,9 +249,11 @@ class Run:
                 folder=folder,
                 key=key,
                 progress=self.progress,
+                mtp=self.recipe.apply.mtp,
             )
             quantisation = str(source.scheme) if source.scheme else None
-            text = card.render(self.model, self.recipe, plans, quantisation)
+            mtp = bool(source.mtp.tensors)
+            text = card.render(self.model, self.recipe, plans, mtp=mtp, quantisation=quantisation)
             (folder / "README.md").write_text(text, encoding="utf-8")
             record = {"key": key, "source": fingerprint, "files": sizes(folder)}
             (folder / MADE_FROM).write_text(json.dumps(record) + "\n", encoding="utf-8")

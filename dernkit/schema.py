@@ -32,6 +32,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             "score": _component("scorer"),
             "budget": _optional(_component("budget"), {"use": recipe.DEFAULT_BUDGET}),
             "assign": _optional(_component("assigner")),
+            "groups": _default(recipe.GROUPS, recipe.DEFAULT_GROUPS),
         },
         required=["keep", "score"],
     )
@@ -39,6 +40,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
         {
             "merge": _optional(_component("merge")),
             "router": _optional(_component("router"), {"use": recipe.DEFAULT_ROUTER}),
+            "mtp": _default(recipe.MTP, recipe.DEFAULT_MTP),
         },
         required=[],
     )

@@ -43,13 +43,13 @@ class LayerDims:
     groups: int = 1
     top_k_groups: int = 1
     candidates_per_group: int = 1
-    """Experts per group that the router's group score looks at (2 in DeepSeek-V3, 1 in DeepSeek-V2)."""
+    """Experts per group that the router's group score looks at (2 in DeepSeek-V3 even in a single group, 1 in V2)."""
 
     @property
     def smallest_keep(self) -> int:
         """Fewest experts with which the router still works as the family defines it."""
         per_group = max(self.candidates_per_group, -(-self.top_k // self.top_k_groups))
-        return self.groups * per_group if self.groups > 1 else self.top_k
+        return self.groups * per_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +213,8 @@ class LayerPlan:
     kept: Int64[Tensor, " kept"]
     """Source indices of the kept experts, ascending."""
     assignment: Assignment
+    one_group: bool = False
+    """Whether the router's groups become one, so that it chooses among all experts."""
 
     @property
     def dropped(self) -> list[int]:

@@ -39,10 +39,11 @@ def _first_sentence(run: Mapping[str, Any]) -> str:
     what, key = ("parameters", "parameters") if before["quantisation"] else ("expert bytes", "expert_bytes")
     share = 1 - after[key] / before[key]
     width = "" if before["width"] == after["width"] else f", width {before['width']} → {after['width']}"
+    groups = "" if before["groups"] == after["groups"] else f", router groups {before['groups']} → {after['groups']}"
     return (
         f"`{run['model']}` ({before['family']}): {before['experts']} → {after['experts']} experts in "
-        f"{before['moe_layers']} layers{width}; {what} fall by {share:.1%}. Every layer keeps the same number of "
-        f"experts, so the result loads in stock transformers.{_quantisation(before['quantisation'])}"
+        f"{before['moe_layers']} layers{width}{groups}; {what} fall by {share:.1%}. Every layer keeps the same number "
+        f"of experts, so the result loads in stock transformers.{_mtp(run)}{_quantisation(before['quantisation'])}"
     )
 
 
@@ -53,6 +54,16 @@ def _quantisation(scheme: str | None) -> str:
         f"\n\nThe source is quantised ({scheme}). It was read as bf16 and the result is written in bf16, without "
         f"quantisation: bytes before and after are of two formats."
     )
+
+
+def _mtp(run: Mapping[str, Any]) -> str:
+    before, after = run["source"], run["result"]
+    if not before["mtp_bytes"]:
+        return ""
+    if not after["mtp_bytes"]:
+        return " The multi-token-prediction layers were dropped."
+    where = ", ".join(f"`{path}`" for path in before["mtp_layers"]) or "none"
+    return f" Multi-token-prediction layers with experts ({where}) got the plan of layer {before['layers'][-1]}."
 
 
 def _sizes(run: Mapping[str, Any]) -> list[str]:

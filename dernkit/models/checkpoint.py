@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,19 @@ class Checkpoint:
     on_disk: Mapping[str, TensorEntry]
     """What lies on the disk: the same tensors, but codes and scales in place of what they make."""
     coded: Mapping[str, Coded]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Name in ``tensors`` -> name in the file, where they differ."""
+
+    def stored(self, name: str) -> str:
+        """The name of a tensor in its file."""
+        return self.aliases.get(name, name)
+
+    def with_others_in_place(self, replaced: Iterable[str], aliases: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint without the tensors ``replaced``, and with others under their names (alias -> tensor)."""
+        gone = set(replaced)
+        kept = {name: entry for name, entry in self.tensors.items() if name not in gone}
+        others = {alias: self.tensors[name] for alias, name in aliases.items()}
+        return replace(self, tensors=kept | others, aliases=aliases)
 
     @property
     def tensor_bytes(self) -> int:
@@ -94,6 +107,7 @@ class Checkpoint:
 
     def parts(self, name: str) -> tuple[str, ...]:
         """The stored tensors that make the tensor ``name``."""
+        name = self.stored(name)
         how = self.coded.get(name)
         return (how.codes, how.scales) if how else (name,)
 
@@ -106,7 +120,8 @@ class Checkpoint:
 
         def lazy(name: str) -> Any:
             found = [files[self.on_disk[part].shard].get_slice(part) for part in parts[name]]
-            return _Decoded(self.coded[name].decode, *found) if name in self.coded else found[0]
+            how = self.coded.get(self.stored(name))
+            return _Decoded(how.decode, *found) if how else found[0]
 
         try:
             yield {name: lazy(name) for name in names}

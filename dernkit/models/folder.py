@@ -12,6 +12,7 @@ from typing import Any
 from dernkit.errors import CheckpointError
 from dernkit.models.checkpoint import INDEX
 from dernkit.models.config_text import edit, remove, value_spans
+from dernkit.models.mtp import without_mtp
 from dernkit.models.probe import get_field
 from dernkit.models.quantised import declarations
 from dernkit.models.source import SourceModel, open_source
@@ -23,12 +24,13 @@ SOURCE_CARD = "SOURCE_README.md"
 _CARD = re.compile(r"(SOURCE_)*README\.md")
 
 
-def edited_config(source: SourceModel, changes: Mapping[tuple[str, ...], int]) -> str:
+def edited_config(source: SourceModel, changes: Mapping[tuple[str, ...], int], *, drop_mtp: bool = False) -> str:
     """The text of the source's config.json with ``changes`` made under every spelling that is present.
 
     Spellings are the field's canonical name and the aliases that its config class declares; a field that the text
     leaves to its default is inserted. A quantised source is written in bfloat16: its quantisation goes, and a text
-    without a dtype gets that one, as transformers would take it from whichever tensor comes first.
+    without a dtype gets that one, as transformers would take it from whichever tensor comes first. ``drop_mtp``: it
+    also says that there are no multi-token-prediction layers.
     """
     text = (source.path / "config.json").read_bytes().decode()  # line ends as they are
     edits: dict[tuple[str, ...], int | str] = {}
@@ -37,6 +39,10 @@ def edited_config(source: SourceModel, changes: Mapping[tuple[str, ...], int]) -
     present = value_spans(text)
     if source.scheme is not None and not {("dtype",), ("torch_dtype",)} & present.keys():
         edits["dtype",] = "bfloat16"
+    if drop_mtp:
+        fields, places = without_mtp(source.config, text)
+        changes = {**changes, **fields}
+        edits |= dict.fromkeys(places, 0)
     for field, value in changes.items():
         spellings = _spellings(source.config, field)
         found = [spelling for spelling in spellings if spelling in present]
@@ -69,18 +75,18 @@ def _comes_along(name: str) -> bool:
     return not weights and not name.startswith(".") and name not in ("config.json", INDEX, RECORD)
 
 
-def verify(folder: Path, source: SourceModel, experts: int) -> SourceModel:
-    """Open the finished directory as a stranger would; every name, shape and the expert count must fit.
+def verify(folder: Path, source: SourceModel, experts: int, groups: int) -> SourceModel:
+    """Open the finished directory as a stranger would; every name, shape, the expert count and the groups must fit.
 
     Raises:
         CheckpointError: they do not (nothing is published then).
     """
     result = open_source(folder, source.adapters, trust_remote_code=source.trust_remote_code)
     _, blocks = result.outline
-    counts = {block.dims.experts for block in blocks}
-    if counts != {experts}:
+    counts = {(block.dims.experts, block.dims.groups) for block in blocks}
+    if counts != {(experts, groups)}:
         raise CheckpointError(
-            f"{folder}: the result must have {experts} experts in every MoE layer. Got {sorted(counts)} instead. "
-            f"This is a bug of the adapter '{source.adapters[0].name}'."
+            f"{folder}: every MoE layer of the result must have {experts} experts in groups: {groups}. "
+            f"Got {sorted(counts)} instead. This is a bug of the adapter '{source.adapters[0].name}'."
         )
     return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +98,11 @@ def set_field(config: Any, field: Field, value: int) -> None:
 def candidate_fields(config: Any, value: int) -> list[Field]:
     """All integer config fields that have ``value``, nested configs included, in the config's order."""
     return [path for path, found in _walk(config.to_dict(), ()) if found == value and type(found) is int]
+
+
+def counting_fields(config: Any, names: Collection[str]) -> list[Field]:
+    """All config fields called one of ``names`` that hold a number above 0, nested configs included."""
+    return [path for path, found in _walk(config.to_dict(), ()) if path[-1] in names and type(found) is int and found]
 
 
 def _walk(node: dict[str, Any], path: Field) -> Iterator[tuple[Field, Any]]:

@@ -20,6 +20,7 @@ from dernkit.api import Adapter, Block
 from dernkit.errors import CheckpointError
 from dernkit.models.architecture import read_config
 from dernkit.models.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
+from dernkit.models.mtp import Mtp, MtpLayer, find_mtp
 from dernkit.models.probe import build_on_meta
 from dernkit.models.quantised import DTYPE, Scheme, declarations, scheme_of
 from dernkit.models.store import Store, quiet_transformers
@@ -71,6 +72,39 @@ class SourceModel:
         model.set_experts_implementation("eager")
         return Store(model, self.checkpoint, keep_dtypes=keep_dtypes), blocks
 
+    @cached_property
+    def mtp(self) -> Mtp:
+        """The multi-token-prediction layers.
+
+        Raises:
+            CheckpointError: there are experts or routers that belong to no layer.
+        """
+        store, blocks = self.outline
+        return find_mtp(store, blocks[-1])
+
+    @cached_property
+    def mtp_outline(self) -> list[tuple[Store, Block]]:
+        """As `outline`, for every multi-token-prediction layer with routed experts.
+
+        Raises:
+            CheckpointError: one does not fit where the last MoE block is.
+        """
+        try:
+            return [self.open_mtp(layer) for layer in self.mtp.layers]
+        except CheckpointError as error:
+            paths, last = ", ".join(layer.path for layer in self.mtp.layers), self.outline[1][-1].path
+            _, _, found = str(error).partition("Got ")
+            raise CheckpointError(
+                f"{self.path}: multi-token-prediction layers ({paths}) must be built as '{last}' is. "
+                f"Got, read in its place, {found}"
+            ) from None
+
+    def open_mtp(self, layer: MtpLayer, *, keep_dtypes: bool = False) -> tuple[Store, Block]:
+        """A fresh store in which the layer's tensors stand for those of the last MoE block, and that block."""
+        swapped = replace(self, checkpoint=self.checkpoint.with_others_in_place(layer.stands_for, layer.names))
+        store, blocks = swapped.open(keep_dtypes=keep_dtypes)
+        return store, blocks[-1]
+
     def fingerprint(self) -> str:
         """Digest of config, tensor layout and evenly spaced samples of the weights (all bytes would take minutes)."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
@@ -112,6 +146,7 @@ def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: b
     for block in source.outline[1]:
         _check_routing(path, block)
         block.router_kind()  # runs the router: one that does not do what its shapes say is refused here
+    _ = source.mtp_outline  # refuses what it cannot explain
     return source
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,7 +50,10 @@ class Store:
     def __init__(self, model: Any, checkpoint: Checkpoint, *, keep_dtypes: bool = False) -> None:
         self.model = model
         self.checkpoint = checkpoint
-        self.target = _targets(model, checkpoint)
+        self.target_of = _namer(model)
+        targets = {key: self.target_of(key) for key in checkpoint.tensors}
+        self.target = {key: target for key, target in targets.items() if target is not None}
+        self.ignored = [key for key, target in targets.items() if target is None]
         self._refuse_disagreement()
         self._dtype_plan = {} if keep_dtypes else model._get_dtype_plan(model.dtype)
         if keep_dtypes:
@@ -130,9 +133,10 @@ class Store:
             tensor = tensors[name]
             if tensor.is_floating_point() and not tensor.is_meta and not _finite(tensor):
                 self.refuse_non_finite_on_disk(self.keys([name]))
+                key = self.checkpoint.stored(self.keys([name])[0])
                 raise CheckpointError(
                     f"{self.checkpoint.path}: weights must be finite in {tensor.dtype}, to which config.json has them "
-                    f"converted. Got larger numbers in '{self.keys([name])[0]}' instead. Correct 'dtype' there."
+                    f"converted. Got larger numbers in '{key}' instead. Correct 'dtype' there."
                 )
 
     def refuse_non_finite_on_disk(self, keys: Iterable[str]) -> None:
@@ -142,11 +146,19 @@ class Store:
             CheckpointError: one of them holds NaN or infinity.
         """
         parameters = {name for name, _ in self.model.named_parameters()}
+        self.refuse_non_finite_tensors(key for key in keys if self.target.get(key) in parameters)
+
+    def refuse_non_finite_tensors(self, keys: Iterable[str]) -> None:
+        """Read the tensors ``keys`` once, parameters of the model or not, to check them.
+
+        Raises:
+            CheckpointError: one of them holds NaN or infinity.
+        """
         for key in keys:
-            if self.target.get(key) in parameters and not _finite(self.checkpoint.read(key)):
+            if not _finite(self.checkpoint.read(key)):
                 raise CheckpointError(
-                    f"{self.checkpoint.path}: weights must be finite. Got NaN or infinity in '{key}' instead. "
-                    f"Download {self.checkpoint.tensors[key].shard} again."
+                    f"{self.checkpoint.path}: weights must be finite. Got NaN or infinity in "
+                    f"'{self.checkpoint.stored(key)}' instead. Download {self.checkpoint.tensors[key].shard} again."
                 )
 
     def _refuse_disagreement(self) -> None:
@@ -155,6 +167,7 @@ class Store:
         empty = {
             name: torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device="meta")
             for name, entry in checkpoint.tensors.items()
+            if name in self.target
         }
         buffers = {name: buffer for name, buffer in model.named_buffers()}
         with quiet_transformers():
@@ -215,22 +228,17 @@ def _load_config(model: Any, device: str, dtype_plan: dict[str, torch.dtype]) ->
     )
 
 
-def _targets(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Name on disk -> in-memory tensor that it feeds; refuses experts that transformers would ignore."""
+def _namer(model: Any) -> Callable[[str], str | None]:
+    """Name on disk -> the in-memory tensor that it feeds, None for one that transformers ignores."""
     mapping = get_model_conversion_mapping(model)
     renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
     converters = [item for item in mapping if isinstance(item, WeightConverter)]
     meta = model.state_dict()
-    targets = {}
-    for key in checkpoint.tensors:
+
+    def name_of(key: str) -> str | None:
         name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
         if name not in meta:
             name, _ = rename_source_key(key, [], [], model.base_model_prefix, meta)
-        if name in meta:
-            targets[key] = name
-        elif "expert" in key or "router" in key or ".gate." in key:
-            raise CheckpointError(
-                f"{checkpoint.path}: every expert and router tensor must belong to a layer that transformers loads. "
-                f"Got '{key}', which it ignores (a multi-token-prediction layer?), instead. Remove that layer."
-            )
-    return targets
+        return name if name in meta else None
+
+    return name_of

@@ -16,6 +16,7 @@ from dernkit.api import Block, hookimpl
 from dernkit.errors import CheckpointError
 from dernkit.models.block import UniversalBlock, tensor_of
 from dernkit.models.family import Family, layer_number, layout_of
+from dernkit.models.groups import group_rules
 from dernkit.models.layouts import LAYOUTS, Layout
 from dernkit.types import LayerDims
 
@@ -99,7 +100,7 @@ def _block(model: Any, experts_path: str, layout: Layout, family: Family) -> Uni
         top_k=_top_k(model.config, router, module),
         width=family.width,
         hidden=int(weights.down.shape[1]),
-        **_groups(model.config, router),
+        **group_rules(model.config, router),
     )
     per_expert = {name: next(iter(dims)) for name, dims in followers.items() if name != rows[0]}
     tables = tuple(name for name, _ in _integer_tables(module))
@@ -127,17 +128,6 @@ def _top_k(config: Any, router: nn.Module, block: nn.Module) -> int:
         f"{config.model_type}: the router must say how many experts a token takes. Got no top-k field instead. "
         f"This family needs an adapter plugin."
     )
-
-
-def _groups(config: Any, router: nn.Module) -> dict[str, int]:
-    """Group limits as the router applies them; DeepSeek-V2's group score is a maximum, all others' a sum of two."""
-    fields = {name: getattr(config, name, None) for name in ("n_group", "topk_group")} | vars(router)
-    groups = fields.get("num_group", fields.get("n_group")) or 1
-    method = fields.get("topk_method")
-    if groups == 1 or method == "greedy":
-        return {}
-    candidates = 1 if method == "group_limited_greedy" else 2
-    return {"groups": groups, "top_k_groups": fields.get("topk_group") or groups, "candidates_per_group": candidates}
 
 
 def _integer_tables(module: nn.Module) -> list[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dernkit.errors import CheckpointError
 from dernkit.kernel.compress import compress_layer, kernel_step, target_width
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.folder import copy_other_files, edited_config, verify
+from dernkit.models.groups import regrouped
 from dernkit.models.probe import set_field
 from dernkit.models.source import SourceModel
 from dernkit.models.store import Store
@@ -38,6 +40,7 @@ def apply_live(
     width: int | None = None,
 ) -> None:
     """Surgery on every block of a model in memory, and on its config."""
+    blocks = regrouped(model, blocks, collapse=_one_group(plans))
     width = _width(blocks, plans, merge, width)
     changes = blocks[0].config_changes(len(plans[0].kept), width)
     with torch.no_grad():
@@ -58,6 +61,7 @@ def apply_checkpoint(
     key: str,
     progress: Progress,
     width: int | None = None,
+    mtp: str = "compress",
 ) -> None:
     """Stream the compressed checkpoint into ``folder``, one block's weights in memory at a time.
 
@@ -71,32 +75,64 @@ def apply_checkpoint(
         key: digest of all inputs; layers that a call with the same key has finished are not done again.
         progress: where to report layers.
         width: neurons of an expert after surgery; None: what the merge needs.
+        mtp: whether multi-token-prediction layers are compressed by the last layer's plan ("compress") or left out
+            ("drop").
     """
     store, blocks = source.open(keep_dtypes=True)
+    blocks = regrouped(store.model, blocks, collapse=_one_group(plans))
     _check_fit(blocks, plans)
+    works = [_Work(block.layer, store, block, plan) for block, plan in zip(blocks, plans, strict=True)]
     width = _width(blocks, plans, merge, width)
-    replaced, removed = _layout(store, blocks, plans, width)
-    writer = ShardWriter(source.checkpoint, folder, replaced, removed)
+    dropped = source.mtp.tensors if mtp == "drop" else ()
+    if mtp == "compress":
+        works += [_Work(x.path, *source.open_mtp(x, keep_dtypes=True), plans[-1]) for x in source.mtp.layers]
+    replaced, removed = _layout(works, width)
+    writer = ShardWriter(source.checkpoint, folder, replaced, removed.union(dropped))
     store.refuse_non_finite_on_disk(writer.copied)
+    store.refuse_non_finite_tensors(set(writer.copied).intersection(source.mtp.tensors))
     journal = _Journal(folder / JOURNAL, key, fresh=not writer.resumed)
     writer.allocate()
-    with progress.track("apply", len(blocks), "layers") as tracker:
-        for block, plan in zip(blocks, plans, strict=True):
-            if block.layer not in journal.done:
-                writer.put(_compressed(store, block, plan, merge, router, width, seed))
-                journal.add(block.layer)
-            tracker.advance(1, f"layer {block.layer}")
+    with progress.track("apply", len(works), "layers") as tracker:
+        for work in works:
+            if work.layer not in journal.done:
+                writer.put(_compressed(work, merge, router, width, seed))
+                journal.add(work.layer)
+            tracker.advance(1, f"layer {work.layer}")
     writer.copy_untouched()
     writer.finish()
     experts = len(plans[0].kept)
-    (folder / "config.json").write_bytes(edited_config(source, blocks[0].config_changes(experts, width)).encode())
+    config = edited_config(source, blocks[0].config_changes(experts, width), drop_mtp=bool(dropped))
+    (folder / "config.json").write_bytes(config.encode())
     copy_other_files(source.path, folder)
-    verify(folder, source, experts)
+    verify(folder, source, experts, blocks[0].dims.groups)
     journal.remove()
 
 
 def _width(blocks: Sequence[Block], plans: Sequence[LayerPlan], merge: Merge | None, asked: int | None) -> int:
     return target_width(plans, merge, asked, step=kernel_step(blocks[0].bank().up.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One MoE block, and the store that loads it."""
+
+    layer: int | str
+    """The decoder layer's number, or where a multi-token-prediction layer lies."""
+    store: Store
+    block: Block
+    plan: LayerPlan
+
+    def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """In-memory tensors under their names in the checkpoint's files."""
+        return {self.store.checkpoint.stored(key): value for key, value in self.store.to_disk(tensors).items()}
+
+
+def _one_group(plans: Sequence[LayerPlan]) -> bool:
+    """Whether the plans make one group of all: the config has one field for every layer."""
+    wanted = {plan.one_group for plan in plans}
+    if len(wanted) != 1:
+        raise CheckpointError("plan: groups must become one in every layer or in none. Got both instead.")
+    return wanted.pop()
 
 
 def _check_fit(blocks: Sequence[Block], plans: Sequence[LayerPlan]) -> None:
@@ -128,18 +164,17 @@ def _check_kept(dims: LayerDims, kept: list[int]) -> None:
         )
 
 
-def _compressed(
-    store: Store, block: Block, plan: LayerPlan, merge: Merge | None, router: Router, width: int, seed: int
-) -> Mapping[str, Tensor]:
+def _compressed(work: _Work, merge: Merge | None, router: Router, width: int, seed: int) -> Mapping[str, Tensor]:
+    store, block = work.store, work.block
     modules = block.modules(width)
     for path in modules:
         store.load(path)
     _check_round_trip(store, block)
     with torch.no_grad():
-        resized = block.resized(compress_layer(block.bank(), plan, merge, router, width, seed))
+        resized = block.resized(compress_layer(block.bank(), work.plan, merge, router, width, seed))
     for path in modules:
         store.unload(path)
-    return store.to_disk(resized)
+    return work.to_disk(resized)
 
 
 def _check_round_trip(store: Store, block: Block) -> None:
@@ -149,20 +184,19 @@ def _check_round_trip(store: Store, block: Block) -> None:
             if key not in store.checkpoint.tensors or not torch.equal(value, store.checkpoint.read(key)):
                 raise CheckpointError(
                     f"{store.checkpoint.path}: reading and writing back must give the same tensors. Got a different "
-                    f"'{key}' instead. This checkpoint's layout needs an adapter plugin."
+                    f"'{store.checkpoint.stored(key)}' instead. This checkpoint's layout needs an adapter plugin."
                 )
 
 
-def _layout(
-    store: Store, blocks: Sequence[Block], plans: Sequence[LayerPlan], width: int
-) -> tuple[dict[str, Tensor], frozenset[str]]:
+def _layout(works: Iterable[_Work], width: int) -> tuple[dict[str, Tensor], frozenset[str]]:
     """Names on disk -> meta tensors of the new shapes, and the names that go."""
     replaced: dict[str, Tensor] = {}
     touched: set[str] = set()
-    for block, plan in zip(blocks, plans, strict=True):
-        resized = block.resized(_blank(block.bank(), plan, width))
-        touched |= set(store.keys(resized))
-        replaced |= store.to_disk(resized)
+    for work in works:
+        checkpoint, block = work.store.checkpoint, work.block
+        resized = block.resized(_blank(block.bank(), work.plan, width))
+        touched |= {checkpoint.stored(key) for key in work.store.keys(resized)}
+        replaced |= work.to_disk(resized)
     unknown = sorted(replaced.keys() - touched)
     if unknown:
         raise CheckpointError(
@@ -217,16 +251,16 @@ class _Journal:
     def __init__(self, file: Path, key: str, *, fresh: bool) -> None:
         self._file, self._key = file, key
         stored = _journal(file)
-        self.done: set[int] = set() if fresh or stored.get("key") != key else set(stored["done"])
+        self.done: list[int | str] = [] if fresh or stored.get("key") != key else stored["done"]
         self._write()
 
-    def add(self, layer: int) -> None:
-        self.done.add(layer)
+    def add(self, layer: int | str) -> None:
+        self.done.append(layer)
         self._write()
 
     def _write(self) -> None:
         temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"key": self._key, "done": sorted(self.done)}), encoding="utf-8")
+        temporary.write_text(json.dumps({"key": self._key, "done": self.done}), encoding="utf-8")
         os.replace(temporary, self._file)
 
     def remove(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,12 +17,14 @@ from dernkit.api import Assigner, Block, Budget, Scorer
 from dernkit.errors import CheckpointError, ContractError
 from dernkit.kernel.planning import plan_from_scores, score_layer
 from dernkit.kernel.selection import kept_count, limits
+from dernkit.models.groups import regrouped
 from dernkit.models.source import SourceModel
 from dernkit.progress import Progress
 from dernkit.sentences import reason
 from dernkit.types import Assignment, LayerPlan, LayerStats
 
 _MOVES = ("source", "target", "partner", "affinity")
+_GROUPS = ("respect", "collapse")
 
 
 @runtime_checkable
@@ -36,6 +39,8 @@ class Decisions(Protocol):
     def budget(self) -> Budget: ...
     @property
     def assigner(self) -> Assigner | None: ...
+    @property
+    def groups(self) -> str: ...
 
 
 @runtime_checkable
@@ -48,10 +53,11 @@ def check_keep(source: SourceModel, decisions: Decisions) -> None:
     """Refuse a count that the router does not allow before anything expensive starts.
 
     Raises:
-        CheckpointError: ``keep`` is below top-k, above the count, or no multiple of the groups.
+        CheckpointError: ``keep`` is below top-k, above the count, or no multiple of the groups; or these are to become
+            one and cannot.
     """
-    _, blocks = source.outline
-    for block in blocks:
+    store, blocks = source.outline
+    for block in regrouped(store.model, blocks, collapse=decisions.groups == "collapse"):
         kept_count(decisions.keep, limits(block.dims))
 
 
@@ -60,6 +66,7 @@ def plan_checkpoint(
 ) -> list[LayerPlan]:
     """Decide for every MoE block of a checkpoint, one block's weights in memory at a time."""
     store, blocks = source.open(keep_dtypes=True)
+    blocks = regrouped(store.model, blocks, collapse=decisions.groups == "collapse")
     return plan_blocks(blocks, decisions, stats, store, progress)
 
 
@@ -70,7 +77,7 @@ def plan_blocks(
     weights: _Weights,
     progress: Progress,
 ) -> list[LayerPlan]:
-    """Score every block, divide the budget, then keep and assign.
+    """Score every block, divide the budget, then keep and assign. ``blocks`` are `regrouped` as decided.
 
     Raises:
         ContractError: a component broke its contract.
@@ -91,7 +98,8 @@ def plan_blocks(
             if decisions.assigner is not None:
                 weights.load(block.path)
                 tracker.advance(1, f"assign, layer {block.layer}")
-            plans.append(plan_from_scores(block.bank(), _of(stats, block), score, count, decisions.assigner))
+            plan = plan_from_scores(block.bank(), _of(stats, block), score, count, decisions.assigner)
+            plans.append(replace(plan, one_group=decisions.groups == "collapse"))
             if decisions.assigner is not None:
                 weights.unload(block.path)
     return plans
@@ -133,7 +141,12 @@ def save_plan(
     }
     moves |= {f"layers.{plan.layer}.kept": plan.kept for plan in plans}
     save_file(moves, folder / "plan.safetensors", metadata={"key": str(header["key"])})
-    document = {**header, "layers": {str(plan.layer): summary(plan) | _unrouted(stats, plan.layer) for plan in plans}}
+    groups = _GROUPS[any(plan.one_group for plan in plans)]
+    document = {
+        **header,
+        "groups": groups,
+        "layers": {str(plan.layer): summary(plan) | _unrouted(stats, plan.layer) for plan in plans},
+    }
     (folder / "plan.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
@@ -171,9 +184,11 @@ def load_plan(folder: Path) -> list[LayerPlan]:
         CheckpointError: the two files do not fit together.
     """
     try:
-        layers = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["layers"]
+        document = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        one_group = bool(_GROUPS.index(document["groups"]))
         with safe_open(folder / "plan.safetensors", "pt") as file:
-            return [_layer_plan(int(layer), item, file) for layer, item in layers.items()]
+            layers = [_layer_plan(int(layer), item, file) for layer, item in document["layers"].items()]
+        return [replace(layer, one_group=one_group) for layer in layers]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder / 'plan.json'}: must be a plan with its plan.safetensors beside it. "

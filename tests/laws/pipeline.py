@@ -30,13 +30,15 @@ def recipe(
     assign: dict[str, Any] | None = None,
     merge: str = "spherical-kmeans",
     router: str = "slice",
+    groups: str = "respect",
+    mtp: str = "compress",
 ) -> Recipe:
     """A bound recipe; its source is never read."""
     data: dict[str, Any] = {
         "dernkit": 1,
         "calibrate": {"source": {"use": "text-file", "path": "unused.txt"}, "sequences": 4, "length": 16},
-        "plan": {"keep": keep, "score": {"use": score}},
-        "apply": {"router": {"use": router}},
+        "plan": {"keep": keep, "score": {"use": score}, "groups": groups},
+        "apply": {"router": {"use": router}, "mtp": mtp},
     }
     if assign is not None:
         data["plan"]["assign"] = assign
@@ -71,6 +73,7 @@ def run(folder: Path, out: Path, bound: Recipe, tokens: torch.Tensor) -> list[La
         folder=out,
         key="test",
         progress=Silent(),
+        mtp=bound.apply.mtp,
     )
     return plans
 

@@ -94,8 +94,13 @@ def test_a_resolved_recipe_writes_every_default_out(tmp_path: Path) -> None:
                 "threshold": 0.6,
                 "quantile": None,
             },
+            "groups": "respect",
         },
-        "apply": {"merge": {"use": "spherical-kmeans", "iterations": 30}, "router": {"use": "slice"}},
+        "apply": {
+            "merge": {"use": "spherical-kmeans", "iterations": 30},
+            "router": {"use": "slice"},
+            "mtp": "compress",
+        },
         "evaluate": [],
         "report": {"use": "markdown"},
     }

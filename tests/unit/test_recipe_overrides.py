@@ -19,6 +19,12 @@ def test_an_override_replaces_a_value_and_is_parsed_as_yaml(tmp_path: Path) -> N
     assert (recipe.plan.keep, recipe.plan.assigner.threshold, recipe.seed) == (3, 0.1, 7)
 
 
+def test_groups_and_mtp_layers_are_options(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "plan.groups=collapse", "apply.mtp=drop")
+    assert (recipe.plan.groups, recipe.apply.mtp) == ("collapse", "drop")
+    assert (load(tmp_path).plan.groups, load(tmp_path).apply.mtp) == ("respect", "compress")
+
+
 def test_an_override_makes_the_mappings_that_are_missing(tmp_path: Path) -> None:
     recipe = load(tmp_path, "plan.assign.similarity.use=cosine", "plan.assign.similarity.parts=[gate]")
     assert recipe.plan.assigner.similarity.parts == ("gate",)

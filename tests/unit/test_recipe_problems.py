@@ -34,9 +34,19 @@ def test_the_example_of_the_design_prints_all_three_problems(tmp_path: Path) -> 
         (
             "  keep",
             "  zzz: 1\n  keep",
-            "bad.yaml:4: plan.zzz: 'plan' has no key 'zzz'. Keys: keep, score, budget, assign.",
+            "bad.yaml:4: plan.zzz: 'plan' has no key 'zzz'. Keys: keep, score, budget, assign, groups.",
         ),
         ("  keep: 0.5\n", "", "bad.yaml:3: plan.keep: must be given. Got nothing instead."),
+        (
+            "  keep",
+            "  groups: none\n  keep",
+            "bad.yaml:4: plan.groups: must be one of respect, collapse. Got 'none' instead.",
+        ),
+        (
+            "apply: {",
+            "apply: {mtp: keep, ",
+            "bad.yaml:7: apply.mtp: must be one of compress, drop. Got 'keep' instead.",
+        ),
         (
             "keep: 0.5",
             "keep: 0",

@@ -44,6 +44,8 @@ def test_shipped_recipes_follow_it(path: Path, builtins: Registry) -> None:
         ("  keep", "  kep"),
         ("keep: 0.5", "keep: 0"),
         ("keep: 0.5", "keep: true"),
+        ("keep: 0.5", "groups: none\n  keep: 0.5"),
+        ("apply: {", "apply: {mtp: keep, "),
         ("keep: 0.5", "keep: 1.5"),
         ("{use: gate-mass}", "{use: reep}"),
         ("{use: gate-mass}", "gate-mass"),
