@@ -35,7 +35,7 @@ class MtpLayer:
     names: Mapping[str, str]
     """The name under which the last MoE block loads such a tensor -> the name that it has here."""
     stands_for: frozenset[str]
-    """The last MoE block's own tensors, in whose place these can be loaded."""
+    """What lies in the last MoE block, in whose place these can be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,11 @@ class _Known:
 
     def __init__(self, store: Store, last: Block) -> None:
         self.store = store
-        self.targets = {name for name in store.target.values() if name.startswith(last.path + ".")}
-        self.own = frozenset(store.keys(self.targets))
+        self.own = frozenset(store.keys(last.tensors()))
         self.base = _shared_start(self.own)
         """``model.layers.60.mlp.``"""
+        self.inside = {target for key, target in store.target.items() if key.startswith(self.base)}
+        """All of the model's tensors there, shared experts too: they follow the experts' width in some families."""
         number = re.search(rf"(?:^|\.){last.layer}\.", self.base)
         self.layer_base = self.base[: number.end()] if number else self.base
         stack = self.layer_base.removesuffix(f"{last.layer}.") if number else None
@@ -104,10 +105,11 @@ class _Known:
         """The MoE block below ``path``, None when something is missing that the last one has."""
         aliases = {self.base + key.removeprefix(path): key for key in tensors if key.startswith(path)}
         fed = {alias: self.store.target_of(alias) for alias in aliases}
-        names = {alias: key for alias, key in aliases.items() if fed[alias] in self.targets}
-        if {fed[alias] for alias in names} != self.targets:
+        names = {alias: key for alias, key in aliases.items() if fed[alias] in self.inside}
+        if {fed[alias] for alias in names} != self.inside:
             return None
-        return MtpLayer(path.removesuffix("."), names, self.own)
+        stands_for = frozenset(key for key, target in self.store.target.items() if target in self.inside)
+        return MtpLayer(path.removesuffix("."), names, stands_for)
 
     def refuse_others(self, layers: Sequence[MtpLayer]) -> None:
         explained = {key for layer in layers for key in layer.names.values()}
@@ -121,7 +123,7 @@ class _Known:
                 )
 
     def _stays(self, key: str, layer: MtpLayer) -> bool:
-        """Whether the model's own layer has this tensor too and surgery leaves it alone (shared experts)."""
+        """Whether the layer of the last block has this tensor too, outside of the block."""
         inner = self.base.removeprefix(self.layer_base)
         beside = (layer.path + ".").removesuffix(inner)
         twin = self.layer_base + key.removeprefix(beside)

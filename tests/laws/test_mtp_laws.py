@@ -247,6 +247,10 @@ GATE = "model.layers.3.mlp.gate.weight"
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no router": ({GATE: None, "model.layers.3.mlp.gate.e_score_correction_bias": None}, "every expert and router"),
     "a bias less": ({"model.layers.3.mlp.gate.e_score_correction_bias": None}, "every expert and router"),
+    "no shared expert": (
+        {f"model.layers.3.mlp.shared_experts.{part}_proj.weight": None for part in ("gate", "up", "down")},
+        "every expert and router",
+    ),
     "an expert's tensor less": ({EXPERT: None}, "multi-token-prediction layers (model.layers.3.mlp) must be built as"),
     "an expert of another width": ({EXPERT: torch.zeros(20, 32)}, "multi-token-prediction layers (model.layers.3.mlp)"),
     "a router of fewer experts": ({GATE: torch.zeros(4, 32)}, "multi-token-prediction layers (model.layers.3.mlp)"),
