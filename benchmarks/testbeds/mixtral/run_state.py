@@ -50,7 +50,7 @@ def save_model(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, fo
 
 
 def add_older_spellings(folder: Path) -> None:
-    """Let software from before transformers 5 read the model too: mlx-lm takes another rope_theta without its old name."""
+    """Let software that knows no transformers 5 read the model: without the old rope_theta, mlx-lm takes another."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     config |= {"rope_theta": config["rope_parameters"]["rope_theta"], "torch_dtype": config["dtype"]}
