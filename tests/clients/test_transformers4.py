@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoConfig
 
 from dernkit.errors import CheckpointError
 from dernkit.testing.checkpoints import tokens
-from tests.clients.bench import STAGES, Bench, logits5, logits_of
+from tests.clients.bench import BUNDLED, SHIPPED, STAGES, Bench, logits5, logits_of
 from tests.clients.client import Client
 from tests.clients.families4 import FAMILIES4, ROPE_THETA
 from tests.clients.record import Record
@@ -24,17 +25,34 @@ IDS = tokens(2, 20, seed=5)
 COMPARED = "largest difference of a logit to transformers 5, relative to the largest logit, float32"
 
 
+@pytest.fixture
+def difference(transformers4: Client, record: Record, tmp_path: Path) -> Callable[[Path, str, str], float]:
+    """The largest difference of a logit between the two versions, relative to the largest logit."""
+
+    def measure(folder: Path, model: str, kind: str) -> float:
+        found, expected = logits_of(transformers4, folder, IDS, tmp_path / "logits.npy"), logits5(folder, IDS)
+        assert expected.std() > 0.5
+        measured = float(np.abs(found - expected).max() / np.abs(expected).max())
+        record.note(transformers4.version, COMPARED, model, kind, measured)
+        return measured
+
+    return measure
+
+
 @pytest.mark.parametrize("kind", ["source", *STAGES])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_both_versions_compute_the_same(
-    transformers4: Client, bench: Bench, record: Record, tmp_path: Path, family: str, kind: str
+    bench: Bench, difference: Callable[[Path, str, str], float], family: str, kind: str
 ) -> None:
     folder = bench.published(family) if kind == "source" else bench.staged(family, kind)
-    found, expected = logits_of(transformers4, folder, IDS, tmp_path / "logits.npy"), logits5(folder, IDS)
-    difference = float(np.abs(found - expected).max() / np.abs(expected).max())
-    record.note(transformers4.version, COMPARED, family, kind, difference)
-    assert difference <= 1e-5
-    assert expected.std() > 0.5
+    assert difference(folder, family, kind) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["source", *SHIPPED])
+def test_both_versions_compute_the_same_with_the_bundled_model(
+    bench: Bench, difference: Callable[[Path, str, str], float], kind: str
+) -> None:
+    assert difference(bench.made(BUNDLED, kind), BUNDLED, kind) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", STAGES)
