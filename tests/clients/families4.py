@@ -7,6 +7,8 @@ from typing import Any
 
 ROPE_THETA = 50_000.0
 """No family's default: a reader that misses the field computes something else."""
+DBRX_THETA = 10_000.0
+"""What transformers 5.23 computes with whatever DBRX's field says (published models say 500,000): upstream's defect."""
 
 _BASE = {
     "vocab_size": 96,
@@ -80,7 +82,7 @@ _DBRX = {
     "n_layers": 3,
     "max_seq_len": 128,
     "pad_token_id": 0,
-    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": ROPE_THETA},
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": DBRX_THETA},
     "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2, "ffn_hidden_size": 24},
 }
 _EYES = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32, "patch_size": 8}
@@ -104,13 +106,14 @@ class Family:
     """What its model class ends with."""
     refused: str = ""
     """What dernkit says when it refuses it."""
+    rope_theta: float = ROPE_THETA
 
 
 _UNDECLARED = "experts must be declared by transformers' experts interface"
 
 FAMILIES4: dict[str, Family] = {
     "aria_text": Family("AriaText", {**_ATTENTION, **_ARIA}, "moe_num_experts"),
-    "dbrx": Family("Dbrx", _DBRX, "moe_num_experts", refused=_UNDECLARED),
+    "dbrx": Family("Dbrx", _DBRX, "moe_num_experts", refused=_UNDECLARED, rope_theta=DBRX_THETA),
     "deepseek_v2": Family("DeepseekV2", {**_LATENT, **_ROUTED, "topk_method": "greedy"}, "n_routed_experts"),
     "deepseek_v2_groups": Family(
         "DeepseekV2", {**_LATENT, **_ROUTED, **_GROUPS, "topk_method": "group_limited_greedy"}, "n_routed_experts"

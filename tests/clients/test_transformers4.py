@@ -15,7 +15,7 @@ from dernkit.errors import CheckpointError
 from dernkit.testing.checkpoints import tokens
 from tests.clients.bench import BUNDLED, SHIPPED, STAGES, Bench, logits5, logits_of
 from tests.clients.client import Client
-from tests.clients.families4 import FAMILIES4, ROPE_THETA
+from tests.clients.families4 import FAMILIES4
 from tests.clients.record import Record
 
 pytestmark = pytest.mark.clients
@@ -62,10 +62,10 @@ def test_config_is_the_sources_text_but_for_the_count(bench: Bench, family: str,
         (folder / "config.json").read_bytes().decode().splitlines(keepends=True)
         for folder in (bench.published(family), bench.staged(family, kind))
     )
-    field = FAMILIES4[family].count
+    field, rope_theta = FAMILIES4[family].count, FAMILIES4[family].rope_theta
     changed = [(old.strip(), new.strip()) for old, new in zip(before, after, strict=True) if old != new]
     assert changed == [(f'"{field}": 8,', f'"{field}": 4,')]
-    assert f'"rope_theta": {ROPE_THETA}' in "".join(after)
+    assert f'"rope_theta": {rope_theta}' in "".join(after)
 
 
 def test_the_source_is_in_the_spelling_of_the_hub(bench: Bench) -> None:
