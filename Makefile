@@ -5,25 +5,30 @@ VENV ?= .venv
 # Extra package index for torch, e.g. PyTorch's index of CPU builds. Empty: what pip is set up to use.
 TORCH_INDEX ?=
 WORKERS ?= 2
+# Environments of other software that loads results, for `make test-clients`.
+CLIENTS_VENV ?= .venv-clients
+TRANSFORMERS4_VENV ?= .venv-transformers4
 
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow lint clean clean-venv
+.PHONY: help demo test test-slow test-clients record-clients lint clean clean-venv
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo        compress the bundled model with every recipe and print the results side by side"
-	@echo "make test        lint, then all tests but the slow ones"
-	@echo "make test-slow   the slow tests"
-	@echo "make lint        ruff, mypy and the import contracts"
-	@echo "make clean       remove caches and build products"
-	@echo "make clean-venv  remove the environment $(VENV)"
+	@echo "make demo            compress the bundled model with every recipe and print the results side by side"
+	@echo "make test            lint, then all tests but the slow ones"
+	@echo "make test-slow       the slow tests"
+	@echo "make test-clients    mlx-lm, llama.cpp and transformers 4 load results; makes their environments (1.6 GB) first"
+	@echo "make record-clients  the same, and writes docs/reference/clients.md"
+	@echo "make lint            ruff, mypy and the import contracts"
+	@echo "make clean           remove caches and build products"
+	@echo "make clean-venv      remove the environments $(VENV), $(CLIENTS_VENV) and $(TRANSFORMERS4_VENV)"
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV), TORCH_INDEX=$(TORCH_INDEX) (see README.md), WORKERS=$(WORKERS)"
 
 # The models of the tests are tiny and run side by side: more threads would only wait for each other.
-test test-slow: export OMP_NUM_THREADS = 1
+test test-slow test-clients record-clients: export OMP_NUM_THREADS = 1
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo.py
@@ -33,6 +38,15 @@ test: lint
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+test-clients record-clients: export DERNKIT_CLIENTS_VENV = $(abspath $(CLIENTS_VENV))
+test-clients record-clients: export DERNKIT_TRANSFORMERS4_VENV = $(abspath $(TRANSFORMERS4_VENV))
+test-clients: $(VENV)/.test $(CLIENTS_VENV)/.made $(TRANSFORMERS4_VENV)/.made
+	$(BIN)/python -m pytest -m clients tests/clients
+
+record-clients: $(VENV)/.test $(CLIENTS_VENV)/.made $(TRANSFORMERS4_VENV)/.made
+	DERNKIT_CLIENTS_RECORD=docs/reference/clients.json $(BIN)/python -m pytest -m clients tests/clients
+	$(BIN)/python docs/generate.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -60,9 +74,24 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@$(INSTALL) --quiet -e '.[eval,dev]'
 	@touch $@
 
+$(CLIENTS_VENV)/.made: tests/clients/requirements.txt
+	@echo "Installing mlx-lm and llama.cpp into $(CLIENTS_VENV)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+# torch goes first and alone: it may come from an index of its own.
+$(TRANSFORMERS4_VENV)/.made: tests/clients/requirements-transformers4.txt
+	@echo "Installing transformers 4 and torch into $(TRANSFORMERS4_VENV)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet -c $< \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find dernkit tests benchmarks plugins docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENTS_VENV) $(TRANSFORMERS4_VENV)

@@ -22,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from dernkit.errors import CheckpointError
 from dernkit.models.checkpoint import TORCH_DTYPES, Checkpoint
+from dernkit.models.orientation import refuse_square, settled
 
 
 @contextmanager
@@ -58,7 +59,7 @@ class Store:
         self._dtype_plan = {} if keep_dtypes else model._get_dtype_plan(model.dtype)
         if keep_dtypes:
             self._adopt_dtypes()
-        self._conversions = model._weight_conversions
+        self._conversions, self._turned = settled(model._weight_conversions, self._shapes())
 
     def keys(self, names: Iterable[str]) -> list[str]:
         """Names on disk that feed the in-memory tensors ``names`` (all experts of a fused tensor)."""
@@ -104,7 +105,15 @@ class Store:
         self.model._weight_conversions = self._conversions
         with quiet_transformers():
             disk = revert_weight_conversion(self.model, dict(tensors))
+        refuse_square(self._turned, disk)
         return self._with_source_prefix(disk)
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Name on disk -> its shape there and that of the in-memory tensor that it feeds."""
+        memory = self.model.state_dict()
+        return {
+            key: (self.checkpoint.tensors[key].shape, tuple(memory[name].shape)) for key, name in self.target.items()
+        }
 
     def _with_source_prefix(self, disk: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint of the base model lacks the base prefix (or has one too many): follow the source's spelling."""

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -42,9 +43,20 @@ def save_model(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, fo
     shutil.rmtree(fresh, ignore_errors=True)
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
+    add_older_spellings(fresh)
     (fresh / "model.safetensors").chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
+
+
+def add_older_spellings(folder: Path) -> None:
+    """Let software that knows no transformers 5 read the model: without the old rope_theta, mlx-lm takes another."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"rope_theta": config["rope_parameters"]["rope_theta"], "torch_dtype": config["dtype"]}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    file = folder / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
 
 class Run:
