@@ -12,12 +12,14 @@ TRANSFORMERS4_VENV ?= .venv-transformers4
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow test-clients record-clients lint clean clean-venv
+.PHONY: help demo test test-all record-families test-slow test-clients record-clients lint clean clean-venv
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo            compress the bundled model with every recipe and print the results side by side"
-	@echo "make test            lint, then all tests but the slow ones"
+	@echo "make test            lint, then all tests but the slow ones, on a dozen model families"
+	@echo "make test-all        the same for every model family (half an hour)"
+	@echo "make record-families the laws on every model family, and writes docs/reference/architectures.md"
 	@echo "make test-slow       the slow tests"
 	@echo "make test-clients    mlx-lm, llama.cpp and transformers 4 load results; makes their environments (1.6 GB) first"
 	@echo "make record-clients  the same, and writes docs/reference/clients.md"
@@ -28,13 +30,20 @@ help:
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV), TORCH_INDEX=$(TORCH_INDEX) (see README.md), WORKERS=$(WORKERS)"
 
 # The models of the tests are tiny and run side by side: more threads would only wait for each other.
-test test-slow test-clients record-clients: export OMP_NUM_THREADS = 1
+test test-all record-families test-slow test-clients record-clients: export OMP_NUM_THREADS = 1
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo.py
 
 test: lint
+	$(BIN)/python -m pytest -m "not slow and not clients and not families" -n $(WORKERS)
+
+test-all: lint
 	$(BIN)/python -m pytest -m "not slow and not clients" -n $(WORKERS)
+
+record-families: $(VENV)/.test
+	DERNKIT_FAMILIES_RECORD=docs/reference/architectures.json $(BIN)/python -m pytest tests/laws/test_every_family.py -n $(WORKERS)
+	$(BIN)/python docs/generate.py
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

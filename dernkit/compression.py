@@ -15,7 +15,7 @@ from dernkit.models.source import find_blocks
 from dernkit.progress import Progress, Silent
 from dernkit.recipe import Recipe, bind_recipe, load_recipe
 from dernkit.registry import Registry
-from dernkit.stages.apply import apply_live
+from dernkit.stages.apply import apply_live, check_new_width
 from dernkit.stages.calibrate import calibrate_live, eager_experts
 from dernkit.stages.plan import plan_blocks
 from dernkit.types import LayerPlan, LayerStats
@@ -52,6 +52,7 @@ def compress(
     refuse_quantised(model)
     blocks = find_blocks(model, [component.cls() for component in registry.components("adapter")])
     blocks = regrouped(model, blocks, collapse=bound.plan.groups == "collapse")
+    check_new_width(blocks, bound.apply.width)
     tokens = list(batches)
     if bound.requires and not tokens:
         raise RecipeError(
@@ -68,7 +69,7 @@ def compress(
         block.router_kind()  # runs the router: one that does not do what its shapes say is refused here
     with eager_experts(model):
         plans = plan_blocks(blocks, bound.plan, stats, _Loaded(), progress)
-    apply_live(model, blocks, plans, bound.apply.merge, bound.apply.router, seed=bound.seed)
+    apply_live(model, blocks, plans, bound.apply.merge, bound.apply.router, seed=bound.seed, width=bound.apply.width)
     return plans
 
 

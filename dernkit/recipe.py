@@ -30,12 +30,13 @@ BATCH_SIZE = Number(integer=True, low=1, high=4096)
 SAMPLE = Number(integer=True, low=1, high=100_000_000)
 DEFAULT_SEED, DEFAULT_BATCH_SIZE, DEFAULT_SAMPLE = 0, 8, 16_384
 GROUPS, DEFAULT_GROUPS = Choice(("respect", "collapse")), "respect"
+WIDTH = Number(integer=True, low=1, high=10_000_000)
 MTP, DEFAULT_MTP = Choice(("compress", "drop")), "compress"
 
 TOP = ("dernkit", "seed", "calibrate", "plan", "apply", "evaluate", "report")
 CALIBRATE = ("source", "sequences", "length", "batch_size", "sample")
 PLAN = ("keep", "score", "budget", "assign", "groups")
-APPLY = ("merge", "router", "mtp")
+APPLY = ("merge", "router", "width", "mtp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,8 @@ class ApplySpec:
 
     merge: Merge | None
     router: Router
+    width: int | None = None
+    """Neurons of every expert after surgery; None: what the merge needs."""
     mtp: str = DEFAULT_MTP
     """Multi-token-prediction layers: ``compress`` (by the plan of the last MoE layer) or ``drop``."""
 
@@ -111,13 +114,14 @@ class Recipe:
             plan["assign"] = plain(self.plan.assigner)
         plan["groups"] = self.plan.groups
         apply = {} if self.apply.merge is None else {"merge": plain(self.apply.merge)}
+        width = {} if self.apply.width is None else {"width": self.apply.width}
         data: dict[str, Any] = {"dernkit": self.version, "seed": self.seed}
         if self.calibrate is not None:
             sizes = {name: getattr(self.calibrate, name) for name in CALIBRATE[1:]}
             data["calibrate"] = {"source": plain(self.calibrate.source), **sizes}
         return data | {
             "plan": plan,
-            "apply": {**apply, "router": plain(self.apply.router), "mtp": self.apply.mtp},
+            "apply": {**apply, "router": plain(self.apply.router), **width, "mtp": self.apply.mtp},
             "evaluate": [plain(evaluator) for evaluator in self.evaluators],
             "report": plain(self.report),
         }
@@ -207,6 +211,7 @@ def _apply(binder: Binder) -> ApplySpec:
     return ApplySpec(
         merge=binder.component((*here, "merge"), "merge") if merged else None,
         router=binder.component((*here, "router"), "router", DEFAULT_ROUTER),
+        width=binder.entry((*here, "width"), WIDTH) if binder.value((*here, "width")) is not None else None,
         mtp=binder.entry((*here, "mtp"), MTP, DEFAULT_MTP),
     )
 

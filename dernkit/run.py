@@ -93,6 +93,7 @@ class Run:
         self._architecture = use_architecture(self.path, self.registry.components("architecture"))
         source = open_source(self.path, self._adapters(), trust_remote_code=self.trust_remote_code)
         plan.check_keep(source, self.recipe.plan)
+        apply.check_new_width(source.outline[1], self.recipe.apply.width)
         with self._place.locked():
             fingerprint = source.fingerprint()
             self._write_lock(fingerprint)
@@ -249,6 +250,7 @@ class Run:
                 folder=folder,
                 key=key,
                 progress=self.progress,
+                width=self.recipe.apply.width,
                 mtp=self.recipe.apply.mtp,
             )
             quantisation = str(source.scheme) if source.scheme else None

@@ -40,6 +40,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
         {
             "merge": _optional(_component("merge")),
             "router": _optional(_component("router"), {"use": recipe.DEFAULT_ROUTER}),
+            "width": _optional(recipe.WIDTH.schema()),
             "mtp": _default(recipe.MTP, recipe.DEFAULT_MTP),
         },
         required=[],

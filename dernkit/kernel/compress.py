@@ -17,7 +17,7 @@ from dernkit.types import CompressedLayer, ExpertBank, LayerPlan, Pool
 
 
 def target_width(
-    plans: Sequence[LayerPlan], merge: Merge | None, asked: int | None = None, *, multiple: int = 64, step: int = 1
+    plans: Sequence[LayerPlan], merge: Merge | None, asked: int | None = None, *, multiple: int = 64
 ) -> int:
     """Neurons of every expert after surgery.
 
@@ -26,15 +26,9 @@ def target_width(
         merge: how arrivals are merged.
         asked: the width that the recipe wants. None: the width as it is, or for a merge that widens, the largest pool
             of all layers, rounded up to ``multiple``; where nothing moves in any layer the width stays, odd or not.
-        step: what a kernel takes: ``asked`` must be a multiple of it.
     """
     width = max(plan.width for plan in plans)
     if asked is not None:
-        if asked % step and asked != width:
-            raise RecipeError(
-                f"apply.width: must be a multiple of {step}, which the kernels of this dtype need. Got {asked} "
-                f"instead. Use {asked // step * step or step} or {(asked // step + 1) * step}."
-            )
         return asked
     if merge is None or not merge.widens or not any(len(plan.assignment) for plan in plans):
         return width
@@ -42,9 +36,19 @@ def target_width(
     return -(-largest // multiple) * multiple
 
 
-def kernel_step(dtype: torch.dtype) -> int:
-    """Widths must be multiples of this: rows of 16 bytes, as torch's grouped matrix product needs."""
-    return max(16 // dtype.itemsize, 1)
+def check_width(asked: int, width: int, dtype: torch.dtype) -> None:
+    """Rows of experts must be multiples of 16 bytes, as torch's grouped matrix product needs.
+
+    Raises:
+        RecipeError: ``asked`` makes other ones. The ``width`` that the model has may stay, odd or not.
+    """
+    step = max(16 // dtype.itemsize, 1)
+    if asked % step and asked != width:
+        below = f"{asked // step * step} or " if asked > step else ""
+        raise RecipeError(
+            f"apply.width: must be a multiple of {step}, which kernels for this dtype need. Got {asked} instead. "
+            f"Use {below}{(asked // step + 1) * step}."
+        )
 
 
 def compress_layer(
@@ -145,10 +149,15 @@ def _merge(
 ) -> Float32[Tensor, "merged parts features"]:
     if merge is None:
         raise RecipeError(
-            f"apply.merge, {where}: must be given for a plan that moves segments. Got no merge instead. "
+            f"apply.merge, {where}: must be given for a plan that moves segments or narrows experts. Got none instead. "
             "Name one, or leave `assign` out of the plan to prune only."
         )
     merged = merge.merge(pool, width, rng)
+    if len(merged) > width >= 0 and len(merged) == len(pool.own) and merged.ndim == 3:
+        raise RecipeError(
+            f"apply.width, {where}: must be at least {len(merged)} for the merge '{merge.name}', which keeps the "
+            f"width. Got {width} instead. Use a merge that clusters, such as 'spherical-kmeans'."
+        )
     if merged.ndim != 3 or merged.shape[1:] != pool.own.shape[1:] or len(merged) > width:
         parts, features = pool.own.shape[1:]
         raise ContractError(

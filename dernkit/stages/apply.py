@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dernkit.api import Block, Merge, Router
 from dernkit.errors import CheckpointError
-from dernkit.kernel.compress import compress_layer, kernel_step, target_width
+from dernkit.kernel.compress import check_width, compress_layer, target_width
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.folder import copy_other_files, edited_config, verify
 from dernkit.models.groups import regrouped
@@ -41,7 +41,8 @@ def apply_live(
 ) -> None:
     """Surgery on every block of a model in memory, and on its config."""
     blocks = regrouped(model, blocks, collapse=_one_group(plans))
-    width = _width(blocks, plans, merge, width)
+    check_new_width(blocks, width)
+    width = target_width(plans, merge, width)
     changes = blocks[0].config_changes(len(plans[0].kept), width)
     with torch.no_grad():
         for block, plan in zip(blocks, plans, strict=True):
@@ -82,7 +83,8 @@ def apply_checkpoint(
     blocks = regrouped(store.model, blocks, collapse=_one_group(plans))
     _check_fit(blocks, plans)
     works = [_Work(block.layer, store, block, plan) for block, plan in zip(blocks, plans, strict=True)]
-    width = _width(blocks, plans, merge, width)
+    check_new_width(blocks, width)
+    width = target_width(plans, merge, width)
     dropped = source.mtp.tensors if mtp == "drop" else ()
     if mtp == "compress":
         works += [_Work(x.path, *source.open_mtp(x, keep_dtypes=True), plans[-1]) for x in source.mtp.layers]
@@ -108,8 +110,16 @@ def apply_checkpoint(
     journal.remove()
 
 
-def _width(blocks: Sequence[Block], plans: Sequence[LayerPlan], merge: Merge | None, asked: int | None) -> int:
-    return target_width(plans, merge, asked, step=kernel_step(blocks[0].bank().up.dtype))
+def check_new_width(blocks: Sequence[Block], width: int | None) -> None:
+    """Refuse a width that the kernels or the model do not allow; None is the merge's own choice.
+
+    Raises:
+        RecipeError: rows of that width are not aligned.
+        CheckpointError: something follows the width that cannot.
+    """
+    if width is not None:
+        check_width(width, blocks[0].dims.width, blocks[0].bank().up.dtype)
+        blocks[0].config_changes(blocks[0].dims.experts, width)
 
 
 @dataclass(frozen=True, slots=True)
