@@ -85,7 +85,7 @@ def rehearse(block: _Block) -> Rehearsal:
         order = _order(block.dims)
         _permute(block, module, order)
         second = _routing(block, module, stub)
-    if not _same(first, second, order, block.dims.experts):
+    if first.chosen.shape[1] != block.dims.top_k or not _same(first, second, order, block.dims.experts):
         raise CheckpointError(
             f"{block.path}: the router must choose the experts whose entries it holds. Got another choice after they "
             f"were moved, in '{block.router_name}' and {len(block.per_expert_dims)} more, instead. "

@@ -164,6 +164,7 @@ def read_source(path: Path, *, trust_remote_code: bool = False) -> SourceModel:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; each means that the config is not understood
         raise _not_understood(path, error) from None
+    _check_rotary(path, config)
     if scheme is not None:
         _as_read(config, fields)
     checkpoint = open_checkpoint(path, scheme.coded if scheme else None)
@@ -214,6 +215,18 @@ def _not_understood(path: Path, error: Exception) -> CheckpointError:
         f"{path / 'config.json'}: must describe a model that transformers {transformers.__version__} can build. "
         f"Got '{reason(error)}' instead."
     )
+
+
+def _check_rotary(path: Path, config: Any) -> None:
+    """DBRX keeps ``rope_theta`` in ``attn_config``, where transformers 5 does not look."""
+    written = getattr(getattr(config, "attn_config", None), "rope_theta", None)
+    used = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    if written is not None and written != used:
+        raise CheckpointError(
+            f"{path / 'config.json'}: attention must turn as the model was trained, with a rope_theta of {written}. "
+            f"Got {used} from transformers {transformers.__version__} instead. "
+            f'Write "rope_theta": {written} at its top, too.'
+        )
 
 
 def _check_routing(path: Path, block: Block) -> None:

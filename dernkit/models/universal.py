@@ -100,7 +100,7 @@ def _block(model: Any, experts_path: str, layout: Layout, family: Family) -> Uni
         top_k=_top_k(model.config, router, module),
         width=family.width,
         hidden=int(weights.down.shape[1]),
-        **group_rules(model.config, router),
+        **group_rules(model.config.get_text_config(), router),
     )
     per_expert = {name: next(iter(dims)) for name, dims in followers.items() if name != rows[0]}
     tables = tuple(name for name, _ in _integer_tables(module))
@@ -121,9 +121,10 @@ def _top_k(config: Any, router: nn.Module, block: nn.Module) -> int:
     for owner in (router, block):
         if type(vars(owner).get("top_k")) is int:
             return vars(owner)["top_k"]
+    text = config.get_text_config()
     for name in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"):
-        if type(getattr(config, name, None)) is int:
-            return getattr(config, name)
+        if type(getattr(text, name, None)) is int:
+            return getattr(text, name)
     raise CheckpointError(
         f"{config.model_type}: the router must say how many experts a token takes. Got no top-k field instead. "
         f"This family needs an adapter plugin."
