@@ -15,6 +15,7 @@ from dernkit.models.store import Store
 from dernkit.registry import Registry
 from dernkit.testing.checkpoints import save_tiny, tokens
 from dernkit.testing.quantised import quantise_fp8, quantise_mxfp4
+from tests.laws import mtp_checkpoints
 from tests.laws.moments import Moments, put_back
 from tests.laws.pipeline import DERN, recipe, run, source, tensors
 from tests.reference import quantised as reference
@@ -168,3 +169,24 @@ def test_no_more_than_one_layer_is_real(tmp_path: Path, registry: Registry, monk
     monkeypatch.setattr(Store, "load", watched)
     run(folder, tmp_path / "out", recipe(registry), tokens(4, 16))
     assert {2} in seen and all(len(layers) == 1 for layers in seen)
+
+
+@pytest.mark.parametrize("mtp", ["compress", "drop"])
+@pytest.mark.parametrize("merge", ["spherical-kmeans", "concatenate"])
+def test_quantised_mtp_layers_are_those_of_the_decoded_model(tmp_path: Path, registry: Registry, mtp: str, merge: str):
+    """The published DeepSeek-V3: block-FP8 with an MTP layer; wider experts take its shared expert along."""
+    folder = tmp_path / "source"
+    mtp_checkpoints.save(folder, "deepseek", shard="60KB")
+    quantise_fp8(folder, *BLOCKS)
+    run(folder, tmp_path / "decoded", recipe(registry, keep=1.0), tokens(4, 16))
+    bound = recipe(registry, assign={**DERN, "quantile": 0.5}, merge=merge, mtp=mtp)
+    run(folder, tmp_path / "one", bound, tokens(4, 16))
+    run(tmp_path / "decoded", tmp_path / "two", bound, tokens(4, 16))
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    found = {name: t for name, t in tensors(tmp_path / "one").items() if name.startswith("model.layers.3.")}
+    assert bool(found) == (mtp == "compress") and not any(name.endswith("scale_inv") for name in found)
+    if found:
+        trunk = tensors(tmp_path / "one")
+        for name in ("mlp.experts.3.up_proj.weight", "mlp.shared_experts.up_proj.weight", "mlp.gate.weight"):
+            assert found[f"model.layers.3.{name}"].shape == trunk[f"model.layers.2.{name}"].shape
+        assert "model.layers.3.mlp.experts.4.up_proj.weight" not in found
