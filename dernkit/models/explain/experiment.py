@@ -27,8 +27,13 @@ class Slot:
     """
 
     name: str
+    names: tuple[str, ...]
     parts: tuple[Tensor, ...]
-    stacked: bool
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is made of several modules' parameters."""
+        return "*" in self.name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,7 +79,8 @@ class Experiment:
 
     def run(self) -> Tensor:
         """The block's output as it is now: float [tokens, H]."""
-        result = self.block(*self.args, **self.kwargs)
+        args, kwargs = copy.deepcopy((self.args, self.kwargs))  # caches among them remember their calls
+        result = self.block(*args, **kwargs)
         for leaf in tree_leaves(result):
             if _is_float(leaf) and leaf.ndim > 1 and leaf.numel() % self.tokens == 0 and _rows(leaf, self.tokens):
                 return leaf.reshape(self.tokens, -1)
@@ -145,7 +151,7 @@ def _random_copy(block: nn.Module, rng: torch.Generator) -> nn.Module:
     module = copy.deepcopy(block).to_empty(device="cpu").float().eval()
     with torch.no_grad():
         for tensor in module.parameters():
-            tensor.copy_(_spread(tensor.shape) * torch.randn(tensor.shape, generator=rng))
+            tensor.copy_(spread(tensor.shape) * torch.randn(tensor.shape, generator=rng))
             tensor.requires_grad_(True)
         for name, tensor in module.named_buffers():
             if name in known and bool(known[name].any()):
@@ -157,7 +163,7 @@ def _random_copy(block: nn.Module, rng: torch.Generator) -> nn.Module:
     return module
 
 
-def _spread(shape: Sequence[int]) -> float:
+def spread(shape: Sequence[int]) -> float:
     """Standard deviation for which a product with the matrix neither vanishes nor explodes, whichever way it is used."""
     if len(shape) < 2:
         return 0.3
@@ -172,13 +178,12 @@ def _slots(block: nn.Module) -> list[Slot]:
         for names in _alike(module):
             prefix = f"{path}." if path else ""
             inside |= {prefix + name for name in names}
-            members = [dict(_tensors(module.get_submodule(name))) for name in names]
-            slots += [
-                Slot(f"{prefix}*.{leaf}", tuple(member[leaf] for member in members), stacked=True)
-                for leaf in members[0]
-            ]
+            members = {prefix + name: dict(_tensors(module.get_submodule(name))) for name in names}
+            for leaf in members[prefix + names[0]]:
+                parts = tuple(member[leaf] for member in members.values())
+                slots.append(Slot(f"{prefix}*.{leaf}", tuple(f"{name}.{leaf}" for name in members), parts))
     single = [
-        Slot(name, (tensor,), stacked=False)
+        Slot(name, (name,), (tensor,))
         for name, tensor in _tensors(block)
         if not any(name.startswith(f"{seen}.") for seen in inside)
     ]

@@ -29,21 +29,37 @@ class Member:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one expert's part."""
-        rest = list(self.slot.shape)
-        rest[self.dim] = self.each
-        return tuple(rest) if self.each > 1 else (*rest[: self.dim], *rest[self.dim + 1 :])
+        rest = (*self.slot.shape[: self.dim], *self.slot.shape[self.dim + 1 :])
+        return (*rest[: self.dim], self.each, *rest[self.dim :]) if self.each > 1 else rest
 
-    def pieces(self, expert: int) -> list[Tensor]:
-        """Views of one expert's part; together (stacked, if several) of `shape`."""
-        if self.each == 1:
-            return self.slot.pieces(self.dim, expert)
-        return [self.slot.parts[0].data.narrow(self.dim, expert * self.each, self.each)]
+    @property
+    def size(self) -> int:
+        """Numbers for each expert."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether an expert's part has two dimensions worth the name."""
+        return sum(length > 1 for length in self.shape) == 2
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """`shape` as a matrix; a vector [n] is a row [1, n]."""
+        long = [length for length in self.shape if length > 1]
+        return (long[0], long[1]) if len(long) == 2 else (1, self.size)
+
+    def matrix(self, expert: int) -> Tensor:
+        """A view [a, b] of one expert's part."""
+        if self.each > 1:
+            piece = self.slot.parts[0].data.narrow(self.dim, expert * self.each, self.each)
+        else:
+            (piece,) = self.slot.pieces(self.dim, expert)
+        piece = piece.squeeze()
+        return piece if piece.ndim == 2 else piece.reshape(1, -1)
 
     def part(self, full: Tensor, expert: int) -> Tensor:
-        """One expert's part of a tensor that has the shape of the slot."""
-        if self.each == 1:
-            return full.select(self.dim, expert)
-        return full.narrow(self.dim, expert * self.each, self.each)
+        """One expert's part [a, b] of a tensor that has the shape of the slot."""
+        return full.narrow(self.dim, expert * self.each, self.each).reshape(self.matrix_shape)
 
 
 @dataclass(frozen=True)
@@ -71,26 +87,36 @@ class Experts:
 
 def find_experts(work: Experiment) -> Experts | None:
     """The largest set of parameters whose slices are used by the same few tokens; None when there is none."""
-    patterns: dict[tuple[int, bytes], list[tuple[Member, Tensor]]] = {}
+    patterns: dict[bytes, list[tuple[Member, Tensor]]] = {}
     for (slot, dim), active in _activity(work).items():
         each = _run_length(active)
-        if each > 1 and slot.stacked and dim == 0:
+        if slot.stacked and (each > 1 or dim > 0):
             continue
         used = active[:, ::each]
         if used.shape[1] < 2 or bool((used == used[:, :1]).all()):
             continue  # all slices alike: every token uses all of them
-        key = (used.shape[1], used.numpy().tobytes())
-        patterns.setdefault(key, []).append((Member(slot, dim, each), used))
-    weighty = [found for found in patterns.values() if sum(_size(member) > 1 for member, _ in found) >= 2]
-    if not weighty:
+        patterns.setdefault(_pattern(used), []).append((Member(slot, dim, each), used))
+    weighty = [found for found in patterns.values() if sum(member.size > 1 for member, _ in found) >= 2]
+    routed = [found for found in weighty if _is_routed(found[0][1])]
+    if not routed:
         return None
-    # ReLU neurons are used by some tokens only as well, but by far more than an expert is.
-    best = min(weighty, key=lambda found: float(found[0][1].float().mean()))
-    return Experts(tuple(member for member, _ in best), best[0][1])
+    best = min(routed, key=lambda found: float(found[0][1].float().mean()))
+    used = min((used for _, used in best), key=lambda used: used.shape[1])
+    return Experts(tuple(member for member, _ in best), used)
 
 
-def _size(member: Member) -> int:
-    return torch.Size(member.shape).numel()
+def _pattern(used: Tensor) -> bytes:
+    """The same for parameters of which one has entries at the end that no token ever uses."""
+    last = int(used.any(dim=0).nonzero().max()) if bool(used.any()) else -1
+    return bytes(used[:, : last + 1].flatten().tolist())
+
+
+def _is_routed(used: Tensor) -> bool:
+    """Tokens use equally many experts, most of the time; ReLU neurons are used by some tokens only as well, but by
+    anyhow many.
+    """
+    counts = used.sum(dim=1)
+    return bool(counts.bincount().max() >= len(counts) / 3)
 
 
 def _activity(work: Experiment) -> dict[tuple[Slot, int], Tensor]:
