@@ -89,6 +89,11 @@ def candidate_fields(config: Any, value: int) -> list[Field]:
     return [path for path, found in _walk(config.to_dict(), ()) if found == value and type(found) is int]
 
 
+def integer_fields(config: Any) -> list[Field]:
+    """All integer config fields, nested configs included, in the config's order."""
+    return [path for path, found in _walk(config.to_dict(), ()) if type(found) is int]
+
+
 def _walk(node: dict[str, Any], path: Field) -> Iterator[tuple[Field, Any]]:
     for key, value in node.items():
         if isinstance(value, dict):

@@ -115,7 +115,7 @@ class _Search:
 
     def _changes(self, pieces: Sequence[Tensor], deltas: Sequence[Tensor]) -> bool:
         with changed([piece.data for piece in pieces], deltas):
-            return bool((self.chosen() != self.usual).any())
+            return bool((self.chosen() & ~self.usual).any())  # joined; small contributions may drown
 
     def _one_each(self, slot: Slot, dim: int) -> bool:
         """Whether changing entry i along the dimension lets tokens take up or give up expert i, and others only then.

@@ -69,6 +69,8 @@ class Experts:
     members: tuple[Member, ...]
     used: Tensor
     """bool [tokens, experts]: whether the token's output depends on the expert's part."""
+    uneven: tuple[str, ...]
+    """Other parameters with slices that only tokens of one expert use."""
 
     @property
     def count(self) -> int:
@@ -88,7 +90,8 @@ class Experts:
 def find_experts(work: Experiment) -> Experts | None:
     """The largest set of parameters whose slices are used by the same few tokens; None when there is none."""
     patterns: dict[bytes, list[tuple[Member, Tensor]]] = {}
-    for (slot, dim), active in _activity(work).items():
+    activity = _activity(work)
+    for (slot, dim), active in activity.items():
         each = _run_length(active)
         if slot.stacked and (each > 1 or dim > 0):
             continue
@@ -102,7 +105,16 @@ def find_experts(work: Experiment) -> Experts | None:
         return None
     best = min(routed, key=lambda found: float(found[0][1].float().mean()))
     used = min((used for _, used in best), key=lambda used: used.shape[1])
-    return Experts(tuple(member for member, _ in best), used)
+    names = {member.name for member, _ in best}
+    uneven = {slot.name for (slot, _), active in activity.items() if _within(active, used)} - names
+    return Experts(tuple(member for member, _ in best), used, tuple(sorted(uneven)))
+
+
+def _within(active: Tensor, used: Tensor) -> bool:
+    """Whether each slice is used only by tokens of one expert, if by any."""
+    slices = active[:, active.any(dim=0)]
+    fits = (slices[:, :, None] <= used[:, None, :]).all(dim=0).any(dim=1)
+    return slices.shape[1] > 0 and bool(fits.all()) and not bool(slices.all(dim=0).any())
 
 
 def _pattern(used: Tensor) -> bytes:
@@ -127,7 +139,7 @@ def _activity(work: Experiment) -> dict[tuple[Slot, int], Tensor]:
     for gradients in work.gradients(tests, slots):
         for slot, gradient in zip(slots, gradients, strict=True):
             size = gradient.abs()
-            floor = 1e-6 * size.max() if size.numel() else size.sum()
+            floor = 1e-12 * size.max() if size.numel() else size.sum()
             for dim in range(size.ndim):
                 others = [d for d in range(size.ndim) if d != dim]
                 largest = size.amax(dim=others) if others else size

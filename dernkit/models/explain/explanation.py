@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dernkit.errors import CheckpointError
 from dernkit.models.explain.choice import Choice, find_choice
@@ -39,6 +39,11 @@ class Weight:
     """Whether an expert's matrix lies [inputs, outputs], not [outputs, inputs] as ``nn.Linear`` has it."""
     spare: int
     """Experts' worth of entries at the end that no token uses."""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether each expert is a module of its own."""
+        return "*" in self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,7 @@ def _explain(work: Experiment, experts: Experts) -> Explanation:
     choice = find_choice(work, experts, witness, {*neurons.roles, *(member.name for member in members)})
     router, rows = _router(choice, neurons, experts, unexplained)
     decided = {router, *choice.choice_biases, *choice.logit_biases, *choice.upstream}
+    unexplained += [f"what '{name}' is for" for name in experts.uneven if name not in decided]
     return Explanation(
         experts=experts.count,
         top_k=int(experts.used.sum(dim=1).max()),
@@ -164,16 +170,3 @@ def _weights(matrices: Matrices, vectors: list[Member], neurons: Neurons, expert
         )
         for name, role in neurons.roles.items()
     ]
-
-
-def canonical(module: nn.Module, weight: Weight, experts: int) -> Tensor:
-    """A weight of a live module as [experts, outputs, inputs], a bias as [experts, outputs]; a view where possible."""
-    import torch
-
-    state = dict(module.named_parameters()) | dict(module.named_buffers())
-    parts = [state[name].data for name in weight.names]
-    whole = torch.stack(parts) if len(parts) > 1 or "*" in weight.name else parts[0]
-    if weight.each > 1:
-        whole = whole.unflatten(weight.dim, (-1, weight.each))
-    whole = whole.movedim(weight.dim, 0)[:experts]
-    return whole.transpose(1, 2) if weight.transposed and whole.ndim == 3 else whole
