@@ -105,6 +105,18 @@ def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: b
     Raises:
         CheckpointError: not a MoE, quantised, damaged, or of a layout that no adapter explains.
     """
+    source = read_source(path, adapters, trust_remote_code=trust_remote_code)
+    for block in source.outline[1]:
+        _check_routing(path, block)
+    return source
+
+
+def read_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: bool = False) -> SourceModel:
+    """Read config and headers, whatever the adapters may say about the model.
+
+    Raises:
+        CheckpointError: quantised or damaged.
+    """
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: must hold config.json. Got none instead. Give the directory of a checkpoint.")
     _check_model_type(path, trust_remote_code)
@@ -113,12 +125,9 @@ def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: b
     except Exception as error:  # transformers raises many kinds here; each means that the config is not understood
         raise _not_understood(path, error) from None
     _refuse_quantised(path, config)
-    source = SourceModel(
+    return SourceModel(
         path, config, open_checkpoint(path), _model_class(config, trust_remote_code), tuple(adapters), trust_remote_code
     )
-    for block in source.outline[1]:
-        _check_routing(path, block)
-    return source
 
 
 def _check_model_type(path: Path, trust_remote_code: bool) -> None:
