@@ -113,7 +113,9 @@ def _explain(path: Path, adapters: list[Any], trust_remote_code: bool) -> None:
     if result.refusal is not None:
         click.echo(f"No adapter: {result.refusal}")
         for finding in result.findings[:1]:
-            click.echo(f"\nA starting adapter, to be completed:\n\n{starting_adapter(finding, source.config.model_type)}")
+            click.echo(
+                f"\nA starting adapter, to be completed:\n\n{starting_adapter(finding, source.config.model_type)}"
+            )
     wrong = [f"{finding.path}: {said}" for finding in result.findings for said in finding.contradictions]
     for sentence in wrong:
         click.echo(sentence, err=True)

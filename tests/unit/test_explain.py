@@ -44,7 +44,7 @@ class Routed(nn.Module):
         chosen = (scores + self.ear).topk(2, dim=-1).indices
         out = torch.zeros_like(flat)
         for e in range(EXPERTS):
-            token, place = torch.where(chosen == e)
+            token = torch.where(chosen == e)[0]
             if len(token) == 0:  # control flow that depends on data
                 continue
             out[token] += scores[token, e, None] * self.expert(e, flat[token])
@@ -94,7 +94,10 @@ class Ungated(Routed):
     def __init__(self) -> None:
         super().__init__()
         self.noise = nn.Linear(HIDDEN, EXPERTS, bias=True)
-        self.up, self.down = nn.Parameter(torch.empty(EXPERTS, WIDTH, HIDDEN)), nn.Parameter(torch.empty(EXPERTS, HIDDEN, WIDTH))
+        self.up, self.down = (
+            nn.Parameter(torch.empty(EXPERTS, WIDTH, HIDDEN)),
+            nn.Parameter(torch.empty(EXPERTS, HIDDEN, WIDTH)),
+        )
         self.p, self.q = nn.Parameter(torch.empty(EXPERTS, WIDTH)), nn.Parameter(torch.empty(EXPERTS, HIDDEN))
 
     def expert(self, e: int, x: Tensor) -> Tensor:
@@ -106,7 +109,10 @@ class Flat(Routed):
 
     def __init__(self) -> None:
         super().__init__()
-        self.x, self.y = nn.Parameter(torch.empty(EXPERTS * 2 * WIDTH, HIDDEN)), nn.Parameter(torch.empty(EXPERTS * HIDDEN, WIDTH))
+        self.x, self.y = (
+            nn.Parameter(torch.empty(EXPERTS * 2 * WIDTH, HIDDEN)),
+            nn.Parameter(torch.empty(EXPERTS * HIDDEN, WIDTH)),
+        )
         self.z = nn.Parameter(torch.empty(EXPERTS))
 
     def expert(self, e: int, x: Tensor) -> Tensor:

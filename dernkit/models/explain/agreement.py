@@ -67,7 +67,7 @@ def _routing(block: Block, module: Any, found: Explanation) -> Iterator[str]:
     touched = {name.removeprefix(f"{block.path}.") for name in block.tensors()}
     for name in (*found.choice_biases, *found.logit_biases, *found.scales, *found.tables):
         if name not in touched:
-            yield f"'{name}' must be cut with the experts, since it has an entry for each. Got an adapter without it instead."
+            yield f"'{name}' must be cut with the experts, whose routing it decides. Got an adapter without it instead."
 
 
 def unpacked(module: Any, found: Explanation) -> dict[str, Tensor]:

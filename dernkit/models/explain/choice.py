@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dernkit.models.explain.experiment import Experiment, Slot, spread, changed
+from dernkit.models.explain.experiment import Experiment, Slot, changed, spread
 from dernkit.models.explain.experts import Experts, Member
 
 _SAMPLED = 4
@@ -45,7 +45,9 @@ class _Search:
         self.usual = self.chosen()
         self.at_once = self._one_run_tells()
         slots = [slot for slot in work.slots if slot.name not in known]
-        vectors = [slot for slot in slots if max(slot.shape, default=1) == slot.parts[0].numel() * (len(slot.parts) or 1)]
+        vectors = [
+            slot for slot in slots if max(slot.shape, default=1) == slot.parts[0].numel() * (len(slot.parts) or 1)
+        ]
         for slot in vectors:
             self._try(slot)
         # With biases a softmax lets one expert's row decide about others: all share a sum of one.
@@ -91,12 +93,16 @@ class _Search:
 
     def _try(self, slot: Slot) -> None:
         if not slot.parts[0].is_floating_point():
-            if slot.parts[0].numel() > 1 and self._changes(slot.parts, [_shifted(part, self.experts.count) for part in slot.parts]):
+            if slot.parts[0].numel() > 1 and self._changes(
+                slot.parts, [_shifted(part, self.experts.count) for part in slot.parts]
+            ):
                 self.found.tables.append(slot.name)
             return
         if not self._changes(slot.parts, [self._shock(part) for part in slot.parts]):
             return
-        dims = [dim for dim, length in enumerate(slot.shape) if length >= self.experts.count and self._one_each(slot, dim)]
+        dims = [
+            dim for dim, length in enumerate(slot.shape) if length >= self.experts.count and self._one_each(slot, dim)
+        ]
         if len(dims) != 1:
             self.found.upstream.append(slot.name)
             return
@@ -126,7 +132,10 @@ class _Search:
         for index in torch.linspace(0, self.experts.count - 1, _SAMPLED).round().long().unique().tolist():
             pieces = slot.pieces(dim, index)
             for sign in (1, -1):
-                deltas = [sign * (self._shock(piece) if piece.numel() > 1 else torch.full_like(piece, 5.0)) for piece in pieces]
+                deltas = [
+                    sign * (self._shock(piece) if piece.numel() > 1 else torch.full_like(piece, 5.0))
+                    for piece in pieces
+                ]
                 with changed(pieces, deltas):
                     now = self.chosen()
                 own = now[:, index] != self.usual[:, index]

@@ -48,7 +48,9 @@ class Slot:
 
     def gather(self, values: Sequence[Tensor | None]) -> Tensor:
         """One tensor of `shape` from a value (or None: zeros) for each part."""
-        full = [torch.zeros_like(part) if value is None else value for part, value in zip(self.parts, values, strict=True)]
+        full = [
+            torch.zeros_like(part) if value is None else value for part, value in zip(self.parts, values, strict=True)
+        ]
         return torch.stack(full) if self.stacked else full[0]
 
 
@@ -150,9 +152,9 @@ def _random_copy(block: nn.Module, rng: torch.Generator) -> nn.Module:
     known = {name: buffer.clone() for name, buffer in block.named_buffers() if not buffer.is_meta}
     module = copy.deepcopy(block).to_empty(device="cpu").float().eval()
     with torch.no_grad():
-        for tensor in module.parameters():
-            tensor.copy_(spread(tensor.shape) * torch.randn(tensor.shape, generator=rng))
-            tensor.requires_grad_(True)
+        for parameter in module.parameters():
+            parameter.copy_(spread(parameter.shape) * torch.randn(parameter.shape, generator=rng))
+            parameter.requires_grad_(True)
         for name, tensor in module.named_buffers():
             if name in known and bool(known[name].any()):
                 tensor.copy_(known[name])
@@ -164,14 +166,15 @@ def _random_copy(block: nn.Module, rng: torch.Generator) -> nn.Module:
 
 
 def spread(shape: Sequence[int]) -> float:
-    """Standard deviation for which a product with the matrix neither vanishes nor explodes, whichever way it is used."""
+    """Standard deviation for which products with the matrix, from either side, neither vanish nor explode."""
     if len(shape) < 2:
         return 0.3
     return float((shape[-1] * shape[-2]) ** -0.25)
 
 
 def _slots(block: nn.Module) -> list[Slot]:
-    slots, inside = [], set()
+    slots: list[Slot] = []
+    inside: set[str] = set()
     for path, module in block.named_modules():
         if any(path == seen or path.startswith(f"{seen}.") for seen in inside):
             continue

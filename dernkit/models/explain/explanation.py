@@ -58,7 +58,7 @@ class Explanation:
     hidden: int
     """Length of what an expert reads; 0 when unknown."""
     order: str
-    """How gate and up rows lie: concatenated, interleaved, separate, no gate, ``up first, concatenated``, unknown, ..."""
+    """How gate and up rows lie: see `dernkit.models.explain.neurons.Neurons`, or unknown."""
     weights: tuple[Weight, ...]
     router: str | None
     router_rows: int
@@ -81,7 +81,9 @@ class Explanation:
         return next((weight for weight in self.weights if weight.role == role), None)
 
 
-def explain(block: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], where: str = "the block") -> Explanation | None:
+def explain(
+    block: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], where: str = "the block"
+) -> Explanation | None:
     """Find experts, router and layout of ``block`` (on the meta device or not; a random copy is run).
 
     Args:

@@ -54,7 +54,9 @@ class Matrices:
 
 def find_matrices(work: Experiment, experts: Experts, members: list[Member]) -> Matrices:
     """Tell what comes before the neurons from what comes behind them."""
-    rows, downs, unexplained = [], [], []
+    rows: list[Matrix] = []
+    downs: list[Matrix] = []
+    unexplained: list[str] = []
     for member in members:
         found = _agreed(work, experts, member, members)
         if found is None:

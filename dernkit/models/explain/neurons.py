@@ -1,7 +1,7 @@
 """Which rows and columns of an expert's matrices make one neuron, and which rows are gate and which are up.
 
-A neuron's output is linear in its up row (or at least odd, where the pre-activation is capped softly) and neither in its
-gate row: SiLU, GELU, sigmoid and ReLU are not odd.
+A neuron's output is linear in its up row (or at least odd, where the pre-activation is capped softly), and neither in
+its gate row: SiLU, GELU, sigmoid and ReLU are not odd.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Neurons:
 
 
 def find_neurons(work: Experiment, experts: Experts, matrices: Matrices, vectors: list[Member]) -> Neurons:
-    """The roles of the matrices (one of them behind the neurons) and of the parameters with a vector for each expert."""
+    """The roles of the matrices (one of them behind the neurons) and of what has a vector for each expert."""
     search = _Search(work, experts, matrices)
     search.name_rows()
     for member in vectors:
@@ -145,7 +145,9 @@ class _Search:
             return
         # Of two matrices with equally many rows, a bias belongs to the one that acts as it does.
         for matrix in self.rows:
-            alike = len(self.rows) == 1 or found is not None and found[1] == (self.roles.get(matrix.member.name) == "up")
+            alike = len(self.rows) == 1 or (
+                found is not None and found[1] == (self.roles.get(matrix.member.name) == "up")
+            )
             if found is not None and matrix.outputs == member.size and alike:
                 self.roles[member.name] = f"{self.roles.get(matrix.member.name, 'row')} bias"
                 return

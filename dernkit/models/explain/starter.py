@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -107,8 +107,9 @@ class _Access:
 
 def _owner(block: nn.Module, found: Explanation) -> tuple[str, nn.Module]:
     """The innermost module of a class of its own that holds all expert weights, and its prefix in their names."""
-    names = [name for weight in found.weights for name in weight.names]
-    common = os.path.commonprefix([f"{name.rpartition('.')[0]}." for name in names]).rpartition(".")[0] if names else ""
+    owners = [name.split(".")[:-1] for weight in found.weights for name in weight.names]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False))
+    common = ".".join(parts[0] for parts in shared)
     module = block.get_submodule(common)
     while common and isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).__module__.startswith("torch."):
         common = common.rpartition(".")[0]
@@ -117,7 +118,8 @@ def _owner(block: nn.Module, found: Explanation) -> tuple[str, nn.Module]:
 
 
 def _unpack(found: Explanation, access: _Access) -> list[str]:
-    code, values = [], {}
+    code: list[str] = []
+    values: dict[str, str] = {}
     for weight in found.weights:
         bias = "_bias" if weight.role.endswith("bias") else ""
         variable = weight.role.replace(" ", "_")
@@ -126,7 +128,11 @@ def _unpack(found: Explanation, access: _Access) -> list[str]:
             first, second = ("up", "gate") if found.order.startswith("up first") else ("gate", "up")
             if found.order == "unknown":
                 code.append(f"# CHECK: which rows of {variable} are gate and which are up was not found")
-            halves = f"{variable}[:, ::2], {variable}[:, 1::2]" if "interleaved" in found.order else f"{variable}.chunk(2, dim=1)"
+            halves = (
+                f"{variable}[:, ::2], {variable}[:, 1::2]"
+                if "interleaved" in found.order
+                else f"{variable}.chunk(2, dim=1)"
+            )
             code.append(f"{first}{bias}, {second}{bias} = {halves}")
             values |= {f"gate{bias}": f"gate{bias}", f"up{bias}": f"up{bias}"}
         else:
@@ -160,7 +166,9 @@ def _pack(found: Explanation, access: _Access) -> list[str]:
         variable = weight.role.replace(" ", "_")
         code.append(f"{variable} = {_joined(weight, found)}")
         if weight.spare:
-            code.append(f"# CHECK: {weight.spare} more entries at the end of {access.local(weight.name)} must be put back")
+            code.append(
+                f"# CHECK: {weight.spare} more entries at the end of {access.local(weight.name)} must be put back"
+            )
         if weight.stacked:
             entries.append(f'**{{f"{access.child(weight)}": part for e, part in enumerate({variable})}}')
         else:
@@ -174,7 +182,11 @@ def _joined(weight: Weight, found: Explanation) -> str:
     if weight.role.startswith("gate and up"):
         order = ("up", "gate") if found.order.startswith("up first") else ("gate", "up")
         both = ", ".join(f"weights.{name}{bias}" for name in order)
-        code = f"torch.stack([{both}], dim=2).flatten(1, 2)" if "interleaved" in found.order else f"torch.cat([{both}], dim=1)"
+        code = (
+            f"torch.stack([{both}], dim=2).flatten(1, 2)"
+            if "interleaved" in found.order
+            else f"torch.cat([{both}], dim=1)"
+        )
     steps: list[tuple[bool, Callable[[str], str]]] = [
         (weight.transposed, lambda code: f"{code}.transpose(1, 2)"),
         (weight.dim > 0, lambda code: f"{code}.movedim(0, {weight.dim})"),

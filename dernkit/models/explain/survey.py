@@ -53,12 +53,12 @@ def survey(model_class: type[nn.Module], config: Any, adapters: Sequence[Adapter
     """Explain one block of each kind. Weights are never read, and only one block at a time is held in memory."""
     config = smaller_config(model_class, config)
     model: Any = build_on_meta(model_class, config)
+    blocks: list[Block] = []
+    refusal: str | None = None
     try:
         blocks = find_blocks(model, adapters)
     except CheckpointError as error:
-        blocks, refusal = [], str(error)
-    else:
-        refusal = None
+        refusal = str(error)
     rehearsal: Any = build_on_meta(model_class, config)
     rehearsal.set_experts_implementation("batched_mm")  # no loops over experts, where transformers can do without
     calls = first_calls(rehearsal)
@@ -91,7 +91,11 @@ def _unclaimed(model: nn.Module, calls: dict[str, Call], problems: list[str]) ->
     partly: list[Finding] = []
     for path, module in sorted(modules.items(), key=lambda pair: _size(pair[1])):
         kind = _kind(module)
-        if len(list(module.parameters())) < 3 or kind in kinds or any(_kind(inner) in found for inner in module.modules()):
+        if (
+            len(list(module.parameters())) < 3
+            or kind in kinds
+            or any(_kind(inner) in found for inner in module.modules())
+        ):
             continue
         kinds.add(kind)
         explanation = _try(path, module, calls, problems if _size(module) > _LARGEST else [])
@@ -129,8 +133,14 @@ def _plain_call(path: str, module: nn.Module, calls: dict[str, Call]) -> Call | 
         for parameter in inspect.signature(module.forward).parameters.values()
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
-    outer = [calls[path[:end]] for end in (m.end(1) for m in re.finditer(r"((?:^|\.)\d+)(?=\.|$)", path)) if path[:end] in calls]
-    tensors = [leaf for call in outer for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    outer = [
+        calls[path[:end]]
+        for end in (m.end(1) for m in re.finditer(r"((?:^|\.)\d+)(?=\.|$)", path))
+        if path[:end] in calls
+    ]
+    tensors = [
+        leaf for call in outer for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
     if len(required) != 1 or not tensors:
         return None
     return (torch.empty_like(tensors[0], device="meta"),), {}
