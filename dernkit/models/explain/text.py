@@ -26,7 +26,7 @@ def lines(survey: Survey, config: Any) -> Iterator[str]:
         yield from _finding(finding, survey)
         yield ""
     if survey.config.to_dict() != config.to_dict():
-        yield "The blocks were run with fewer or narrower experts than the model has; counts and widths are of that run."
+        yield "Blocks were run with fewer or narrower experts than the model has; counts and widths are theirs."
     for problem in survey.not_explained:
         yield f"not explained: {problem.rstrip('.')}."
     if not survey.findings:
