@@ -73,9 +73,17 @@ def run(recipe: Path, model: str, out: Path, overrides: tuple[str, ...], trust_r
 @main.command()
 @click.argument("model", metavar="DIR|ID")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Find experts, router and layout without looking at names, by running blocks on random weights; print a "
+    "starting adapter for a model that no adapter claims. Exit code 2 if an adapter says otherwise.",
+)
 @_TRUST
-def inspect(model: str, as_json: bool, trust_remote_code: bool) -> None:
+def inspect(model: str, as_json: bool, explain: bool, trust_remote_code: bool) -> None:
     """Say what a checkpoint is and how far it can be cut, without loading its weights."""
+    if as_json and explain:
+        raise click.UsageError("--json and --explain: one of them. Got both.")
     registry = _registry()
     from dernkit.gather import abilities, describe
     from dernkit.models.architecture import use_architecture
@@ -84,6 +92,9 @@ def inspect(model: str, as_json: bool, trust_remote_code: bool) -> None:
     adapters = [component.cls() for component in registry.components("adapter")]
     path = resolve(model)
     use_architecture(path, registry.components("architecture"))
+    if explain:
+        _explain(path, adapters, trust_remote_code)
+        return
     source = open_source(path, adapters, trust_remote_code=trust_remote_code)
     facts = describe(source) | abilities(source)
     if as_json:
@@ -91,6 +102,29 @@ def inspect(model: str, as_json: bool, trust_remote_code: bool) -> None:
         return
     for label, value in _facts(facts):
         click.echo(f"{label:<16} {value}")
+
+
+def _explain(path: Path, adapters: list[Any], trust_remote_code: bool) -> None:
+    from dernkit.models.explain.starter import starting_adapter
+    from dernkit.models.explain.survey import survey
+    from dernkit.models.explain.text import lines
+    from dernkit.models.source import read_source
+
+    source = read_source(path, trust_remote_code=trust_remote_code)
+    result = survey(source.model_class, source.config, adapters)
+    for line in lines(result, source.config):
+        click.echo(line)
+    if result.refusal is not None:
+        click.echo(f"No adapter: {result.refusal}")
+        for finding in result.findings[:1]:
+            click.echo(
+                f"\nA starting adapter, to be completed:\n\n{starting_adapter(finding, source.config.model_type)}"
+            )
+    wrong = [f"{finding.path}: {said}" for finding in result.findings for said in finding.contradictions]
+    for sentence in wrong:
+        click.echo(sentence, err=True)
+    if wrong:
+        sys.exit(2)
 
 
 def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -105,6 +105,11 @@ def counting_fields(config: Any, names: Collection[str]) -> list[Field]:
     return [path for path, found in _walk(config.to_dict(), ()) if path[-1] in names and type(found) is int and found]
 
 
+def integer_fields(config: Any) -> list[Field]:
+    """All integer config fields, nested configs included, in the config's order."""
+    return [path for path, found in _walk(config.to_dict(), ()) if type(found) is int]
+
+
 def _walk(node: dict[str, Any], path: Field) -> Iterator[tuple[Field, Any]]:
     for key, value in node.items():
         if isinstance(value, dict):
