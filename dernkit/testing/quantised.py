@@ -70,7 +70,8 @@ def mxfp4_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rewrite(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> None:
-    weight_map, size = {}, 0
+    weight_map: dict[str, str] = {}
+    size = 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
             metadata, old = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
