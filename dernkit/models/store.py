@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -99,6 +100,8 @@ class Store:
                     module._parameters[name] = nn.Parameter(
                         torch.empty_like(parameter, device="meta"), requires_grad=False
                     )
+        if self.checkpoint.coded:
+            _give_back()
 
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """In-memory tensors (on the meta device too) under the names and in the layout that the source has."""
@@ -211,6 +214,15 @@ class Store:
                 module._buffers[leaf] = module.get_buffer(leaf).to(dtype)
             else:
                 module._parameters[leaf] = nn.Parameter(module.get_parameter(leaf).to(dtype), requires_grad=False)
+
+
+def _give_back() -> None:
+    """Have the C library return freed memory, where it can be asked to.
+
+    The loader decodes in threads that it makes anew for each layer, and the heap of each of them keeps what it has had.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _finite(tensor: Tensor) -> bool:
