@@ -7,6 +7,8 @@ on the block's own weights, a few tokens of them.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -234,8 +236,9 @@ def check_experts(block: _Block) -> None:
     chosen = torch.stack([pool[torch.randperm(len(pool), generator=rng)[:top_k]] for _ in range(4)])
     hidden = torch.randn(4, block.dims.hidden, generator=rng).to(dtype)
     coefficients = (0.5 + torch.rand(4, top_k, generator=rng)).to(dtype)
-    with torch.no_grad():
+    with torch.no_grad(), _of_one_dtype(experts, dtype):
         found = block.layout.run(experts, hidden, chosen, coefficients).to(torch.float32)
+    with torch.no_grad():
         expected = torch.stack([_summed(bank, *token) for token in zip(hidden, chosen, coefficients, strict=True)])
     error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
     if not error < _TOLERANCE.get(dtype, 5e-2):
@@ -243,6 +246,19 @@ def check_experts(block: _Block) -> None:
             f"{block.experts_path}: experts must compute down(act(gate(x)) * up(x)) of the weights found. Got outputs "
             f"that differ by {error:.1%} instead. This family needs an adapter plugin."
         )
+
+
+@contextmanager
+def _of_one_dtype(experts: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Parameters as they lie on disk may be of several dtypes (biases), in which the module would not run."""
+    others = {parameter: parameter.data for parameter in experts.parameters() if parameter.dtype != dtype}
+    for parameter, data in others.items():
+        parameter.data = data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in others.items():
+            parameter.data = data
 
 
 def _summed(bank: ExpertBank, hidden: Tensor, chosen: Tensor, coefficients: Tensor) -> Tensor:

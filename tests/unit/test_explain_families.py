@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from dernkit.models.block import is_declared_experts
 from dernkit.models.explain.survey import Finding, Survey, survey
+from dernkit.models.layouts import Declared
 from dernkit.models.probe import build_on_meta
 from dernkit.models.universal import Universal
 from tests.families import FAMILIES, count, make_config, model_class
@@ -71,7 +71,7 @@ def truth(name: str) -> tuple[str, bool, bool]:
     if name in UNDECLARED:
         return UNDECLARED[name]
     model = build_on_meta(model_class(name), make_config(name))
-    experts: Any = next(module for module in model.modules() if is_declared_experts(module))
+    experts: Any = next(module for module in model.modules() if Declared().claims(module))
     order = "concatenated" if experts.is_concatenated else "interleaved"
     return (order if experts.has_gate else "no gate"), experts.is_transposed, experts.is_transposed
 
@@ -94,7 +94,7 @@ def check_routing(name: str, finding: Finding) -> None:
 
 
 def _experts(block: nn.Module) -> nn.Module | None:
-    return next((module for module in block.modules() if is_declared_experts(module)), None)
+    return next((module for module in block.modules() if Declared().claims(module)), None)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def test_a_run_says_what_was_read_and_what_was_written(tmp_path: Path, make: Cal
     sentence = f"The source is quantised ({scheme}). It was read as bf16 and the result is written in bf16, without"
     assert sentence in report and "layers; parameters fall by " in report
     card = (out / "README.md").read_text()
-    assert f"The source is quantised ({scheme}). It was read as bf16, and these weights are bf16, without\n" in card
+    assert f"The source is quantised ({scheme}). It was read as bf16, and these weights are bf16.\n" in card
     assert "quantization_config" not in (out / "config.json").read_text()
 
 
