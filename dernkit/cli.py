@@ -59,7 +59,7 @@ def run(recipe: Path, model: str, out: Path, overrides: tuple[str, ...], trust_r
     A stage whose inputs have not changed is skipped; a killed run goes on where it was.
     """
     registry = _registry()
-    from dernkit.models.source import resolve
+    from dernkit.models.hub import resolve
     from dernkit.progress import for_terminal
     from dernkit.recipe import load_recipe
     from dernkit.run import Run
@@ -87,7 +87,8 @@ def inspect(model: str, as_json: bool, explain: bool, trust_remote_code: bool) -
     registry = _registry()
     from dernkit.gather import abilities, describe
     from dernkit.models.architecture import use_architecture
-    from dernkit.models.source import open_source, resolve
+    from dernkit.models.hub import resolve
+    from dernkit.models.source import open_source
 
     adapters = [component.cls() for component in registry.components("adapter")]
     path = resolve(model)
@@ -224,7 +225,7 @@ def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_
     """Run RECIPE's evaluators on a model and print their metrics as JSON."""
     registry = _registry()
     from dernkit.models.architecture import use_architecture
-    from dernkit.models.source import resolve
+    from dernkit.models.hub import resolve
     from dernkit.progress import for_terminal
     from dernkit.recipe import load_recipe
     from dernkit.stages.evaluate import evaluate as measure

@@ -11,7 +11,7 @@ from torch import Tensor
 from dernkit.errors import RecipeError
 from dernkit.models.groups import regrouped
 from dernkit.models.quantised import refuse_quantised
-from dernkit.models.source import find_blocks
+from dernkit.models.stack import find_blocks
 from dernkit.progress import Progress, Silent
 from dernkit.recipe import Recipe, bind_recipe, load_recipe
 from dernkit.registry import Registry

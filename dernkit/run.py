@@ -37,7 +37,7 @@ from dernkit.progress import Progress
 from dernkit.recipe import Recipe
 from dernkit.registry import Registry
 from dernkit.sentences import reason
-from dernkit.stages import apply, calibrate, evaluate, plan
+from dernkit.stages import apply, calibrate, evaluate, journal, plan
 from dernkit.types import LayerStats
 
 _TOKENIZER = ("token*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
@@ -238,7 +238,7 @@ class Run:
 
         def work() -> None:
             folder = self._place.partial / MODEL
-            if not apply.began(folder, key):
+            if not journal.began(folder, key):
                 fresh(folder)
             plans = plan.load_plan(self.out)
             apply.apply_checkpoint(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dernkit.errors import CheckpointError
-from dernkit.models.checkpoint import INDEX
 from dernkit.models.config_text import edit, remove, value_spans
+from dernkit.models.headers import INDEX
 from dernkit.models.mtp import without_mtp
 from dernkit.models.probe import get_field
 from dernkit.models.quantised import declarations

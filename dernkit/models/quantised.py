@@ -19,7 +19,8 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from dernkit.errors import CheckpointError
-from dernkit.models.checkpoint import Coded, TensorEntry
+from dernkit.models.checkpoint import Coded
+from dernkit.models.headers import TensorEntry
 from dernkit.sentences import shown
 
 DTYPE = torch.bfloat16

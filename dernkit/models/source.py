@@ -12,21 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from dernkit.api import Adapter, Block
 from dernkit.errors import CheckpointError
 from dernkit.models.architecture import read_config
-from dernkit.models.checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
+from dernkit.models.checkpoint import Checkpoint, open_checkpoint
+from dernkit.models.config_class import check_model_type, check_rotary, model_class, not_understood
+from dernkit.models.headers import TORCH_DTYPES
 from dernkit.models.mtp import Mtp, MtpLayer, find_mtp
 from dernkit.models.probe import build_on_meta
 from dernkit.models.quantised import DTYPE, Scheme, declarations, scheme_of
+from dernkit.models.stack import find_blocks
 from dernkit.models.store import Store, quiet_transformers
-from dernkit.sentences import did_you_mean, reason
-
-_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class SourceModel:
             try:
                 model: Any = build_on_meta(self.model_class, self.config, self.dtype)
             except Exception as error:  # transformers raises many kinds; each means that the fields do not fit together
-                raise _not_understood(self.path, error) from None
+                raise not_understood(self.path, error) from None
             blocks = find_blocks(model, self.adapters)
         model.set_experts_implementation("eager")
         return Store(model, self.checkpoint, keep_dtypes=keep_dtypes), blocks
@@ -117,25 +116,6 @@ class SourceModel:
         return digest.hexdigest()
 
 
-def resolve(model: str) -> Path:
-    """A local directory as it is; anything else is a hub id that huggingface_hub downloads (or finds in its cache)."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists() or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"--model: must be a directory or a hub id. Got '{model}', which is neither, instead.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"--model: must be a directory or a hub id that can be reached. Got '{model}' instead ({reason(error)})"
-        ) from None
-
-
 def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: bool = False) -> SourceModel:
     """Read config and headers, build on the meta device, and check that all of it is understood.
 
@@ -158,18 +138,17 @@ def read_source(path: Path, *, trust_remote_code: bool = False) -> SourceModel:
             is not read.
     """
     fields = read_config(path)
-    _check_model_type(path, fields, trust_remote_code)
+    check_model_type(path, fields, trust_remote_code)
     scheme = scheme_of(path, fields)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; each means that the config is not understood
-        raise _not_understood(path, error) from None
-    _check_rotary(path, config)
+        raise not_understood(path, error) from None
+    check_rotary(path, config)
     if scheme is not None:
         _as_read(config, fields)
     checkpoint = open_checkpoint(path, scheme.coded if scheme else None)
-    model_class = _model_class(config, trust_remote_code)
-    return SourceModel(path, config, checkpoint, model_class, (), trust_remote_code, scheme)
+    return SourceModel(path, config, checkpoint, model_class(config, trust_remote_code), (), trust_remote_code, scheme)
 
 
 def is_read_decoded(path: Path) -> bool:
@@ -192,125 +171,9 @@ def _as_read(config: Any, fields: Mapping[str, Any]) -> None:
         config.dtype = DTYPE
 
 
-def _check_model_type(path: Path, config: Mapping[str, Any], trust_remote_code: bool) -> None:
-    """Say what transformers would say in a page, or ask at a prompt."""
-    name = config.get("model_type")
-    if not isinstance(name, str) or name in CONFIG_MAPPING or (config.get("auto_map") and trust_remote_code):
-        return
-    if config.get("auto_map"):
-        raise CheckpointError(
-            f"{path}: must be of a model type that transformers has. Got '{name}', whose code comes with the model, "
-            f"instead. Install a plugin that has this architecture, or read that code, then let it run with "
-            f"--trust-remote-code."
-        )
-    raise CheckpointError(
-        f"{path / 'config.json'}: must have a 'model_type' that transformers {transformers.__version__} knows. "
-        f"Got '{name}' instead. A newer transformers or a plugin may know it. "
-        f"{did_you_mean(name, CONFIG_MAPPING.keys())}".rstrip()
-    )
-
-
-def _not_understood(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path / 'config.json'}: must describe a model that transformers {transformers.__version__} can build. "
-        f"Got '{reason(error)}' instead."
-    )
-
-
-def _check_rotary(path: Path, config: Any) -> None:
-    """DBRX keeps ``rope_theta`` in ``attn_config``, where transformers 5 does not look."""
-    written = getattr(getattr(config, "attn_config", None), "rope_theta", None)
-    used = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
-    if written is not None and written != used:
-        raise CheckpointError(
-            f"{path / 'config.json'}: attention must turn as the model was trained, with a rope_theta of {written}. "
-            f"Got {used} from transformers {transformers.__version__} instead. "
-            f'Write "rope_theta": {written} at its top, too.'
-        )
-
-
 def _check_routing(path: Path, block: Block) -> None:
     if block.dims.top_k > block.dims.experts:
         raise CheckpointError(
             f"{path / 'config.json'}: a token must use at most all {block.dims.experts} experts. "
             f"Got a top-k of {block.dims.top_k} instead. Download it again."
         )
-
-
-def _model_class(config: Any, trust_remote_code: bool) -> type[nn.Module]:
-    names = config.architectures or []
-    from_plugin = not type(config).__module__.startswith("transformers.")  # then a name in transformers is another's
-    if names and hasattr(transformers, names[0]) and not from_plugin:
-        return getattr(transformers, names[0])
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM._model_mapping[type(config)]
-    if trust_remote_code and names and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        try:
-            return get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], config._name_or_path)
-        except Exception as error:  # code of strangers
-            raise CheckpointError(
-                f"{config._name_or_path}: the code that comes with the model must run. Got '{reason(error)}' instead."
-            ) from error
-    raise CheckpointError(
-        f"config.json: 'architectures' must name a model class of transformers. Got {names or 'none'} instead. "
-        f"A model with its own code needs --trust-remote-code."
-    )
-
-
-def find_blocks(model: Any, adapters: Sequence[Adapter]) -> list[Block]:
-    """The MoE blocks that exactly one adapter claims.
-
-    Raises:
-        CheckpointError: no adapter does (not a MoE, or an undeclared one), or several do.
-    """
-    claims = {adapter.name: blocks for adapter in adapters if (blocks := adapter.blocks(model))}
-    if len(claims) == 1:
-        return next(iter(claims.values()))
-    if claims:
-        raise CheckpointError(
-            f"{model.config.model_type}: one adapter must claim the model. Got {', '.join(sorted(claims))} instead. "
-            f"Uninstall one of the plugins."
-        )
-    if _counts_experts(model.config.to_dict()):
-        raise CheckpointError(
-            f"{model.config.model_type}: experts must be declared by transformers' experts interface. "
-            f"Got a class that does not declare them instead. This family needs an adapter plugin."
-        )
-    raise CheckpointError(
-        f"{model.config.model_type}: must be a Mixture-of-Experts model. Got a model without routed experts instead."
-    )
-
-
-def _counts_experts(config: Mapping[str, Any]) -> bool:
-    """Whether a field that is known to count experts, nested ones included, says more than one."""
-    return any(
-        _counts_experts(value) if isinstance(value, dict) else name in _COUNT_NAMES and type(value) is int and value > 1
-        for name, value in config.items()
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """The decoder stack that holds the MoE blocks."""
-
-    owner: Any
-    """The module that owns the stack: embeddings, masks and rotary tables are its own."""
-    owner_path: str
-    layers: list[nn.Module]
-    paths: list[str]
-
-
-def decoder_stack(model: Any, blocks: Sequence[Block]) -> Stack:
-    """The module list in which all blocks lie."""
-    prefixes = {block.path[: f"{block.path}.".index(f".{block.layer}.")] for block in blocks}
-    if len(prefixes) != 1:
-        raise CheckpointError(
-            f"{model.config.model_type}: all MoE blocks must lie in one decoder stack. "
-            f"Got {', '.join(sorted(prefixes))} instead. This family needs an adapter plugin."
-        )
-    path = prefixes.pop()
-    layers = list(model.get_submodule(path).children())
-    owner_path = path.rpartition(".")[0]
-    return Stack(model.get_submodule(owner_path), owner_path, layers, [f"{path}.{i}" for i in range(len(layers))])

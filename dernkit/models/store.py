@@ -22,7 +22,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from dernkit.errors import CheckpointError
-from dernkit.models.checkpoint import TORCH_DTYPES, Checkpoint
+from dernkit.models.checkpoint import Checkpoint
+from dernkit.models.headers import TORCH_DTYPES
 from dernkit.models.orientation import refuse_square, settled
 
 

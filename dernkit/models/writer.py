@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dernkit.errors import CheckpointError
-from dernkit.models.checkpoint import INDEX, SAFETENSORS_DTYPES, Checkpoint, TensorEntry, read_header
+from dernkit.models.checkpoint import Checkpoint
+from dernkit.models.headers import INDEX, SAFETENSORS_DTYPES, TensorEntry, read_header
 
 _CHUNK = 16 * 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

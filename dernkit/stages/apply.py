@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -24,9 +22,8 @@ from dernkit.models.source import SourceModel
 from dernkit.models.store import Store
 from dernkit.models.writer import ShardWriter
 from dernkit.progress import Progress
+from dernkit.stages.journal import JOURNAL, Journal
 from dernkit.types import CompressedLayer, ExpertBank, LayerDims, LayerPlan
-
-JOURNAL = ".journal.json"
 
 
 def apply_live(
@@ -92,7 +89,7 @@ def apply_checkpoint(
     writer = ShardWriter(source.checkpoint, folder, replaced, removed.union(dropped))
     store.refuse_non_finite_on_disk(writer.copied)
     store.refuse_non_finite_tensors(set(writer.copied).intersection(source.mtp.tensors))
-    journal = _Journal(folder / JOURNAL, key, fresh=not writer.resumed)
+    journal = Journal(folder / JOURNAL, key, fresh=not writer.resumed)
     writer.allocate()
     with progress.track("apply", len(works), "layers") as tracker:
         for work in works:
@@ -210,7 +207,7 @@ def _layout(works: Iterable[_Work], width: int) -> tuple[dict[str, Tensor], froz
     unknown = sorted(replaced.keys() - touched)
     if unknown:
         raise CheckpointError(
-            f"{store.checkpoint.path}: results must go under names that the source has. Got '{unknown[0]}' instead. "
+            f"{checkpoint.path}: results must go under names that the source has. Got '{unknown[0]}' instead. "
             f"This checkpoint's layout needs an adapter plugin."
         )
     return replaced, frozenset(touched - replaced.keys())
@@ -240,41 +237,6 @@ def _blank(bank: ExpertBank, plan: LayerPlan, width: int) -> CompressedLayer:
         }
         | {name: blank(table, *table.shape) for name, table in bank.tables.items()},
     )
-
-
-def began(folder: Path, key: str) -> bool:
-    """Whether ``folder`` holds what a killed call of `apply_checkpoint` made under ``key``."""
-    return _journal(folder / JOURNAL).get("key") == key
-
-
-def _journal(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-class _Journal:
-    """Which layers are on the disk, for a run that goes on after a kill. It is there before any shard is."""
-
-    def __init__(self, file: Path, key: str, *, fresh: bool) -> None:
-        self._file, self._key = file, key
-        stored = _journal(file)
-        self.done: list[int | str] = [] if fresh or stored.get("key") != key else stored["done"]
-        self._write()
-
-    def add(self, layer: int | str) -> None:
-        self.done.append(layer)
-        self._write()
-
-    def _write(self) -> None:
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"key": self._key, "done": self.done}), encoding="utf-8")
-        os.replace(temporary, self._file)
-
-    def remove(self) -> None:
-        self._file.unlink(missing_ok=True)
 
 
 def expert_bytes(store: Store, blocks: Iterable[Block]) -> int:

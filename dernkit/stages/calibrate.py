@@ -16,7 +16,8 @@ from dernkit.api import Block
 from dernkit.errors import CheckpointError
 from dernkit.kernel.statistics import Accumulator
 from dernkit.models.replay import Loader, replay
-from dernkit.models.source import SourceModel, Stack, decoder_stack
+from dernkit.models.source import SourceModel
+from dernkit.models.stack import Stack, decoder_stack
 from dernkit.progress import Progress
 from dernkit.types import LayerStats
 

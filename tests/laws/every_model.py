@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dernkit.models.source import find_blocks
+from dernkit.models.stack import find_blocks
 from dernkit.models.universal import Universal
 from dernkit.types import LayerPlan
 from tests import families

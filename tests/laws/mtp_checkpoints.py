@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-from dernkit.models.checkpoint import INDEX, SINGLE
+from dernkit.models.headers import INDEX, SINGLE
 from dernkit.testing.checkpoints import VOCABULARY, tiny_model
 
 HIDDEN = 32

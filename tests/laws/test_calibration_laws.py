@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dernkit.models.replay import replay
-from dernkit.models.source import decoder_stack
+from dernkit.models.stack import decoder_stack
 from dernkit.progress import Silent
 from dernkit.stages.calibrate import batched, calibrate_checkpoint
 from dernkit.testing.checkpoints import FAMILIES, save_tiny, tokens

@@ -11,7 +11,7 @@ import torch
 
 import dernkit
 from dernkit.errors import CheckpointError
-from dernkit.models.source import find_blocks
+from dernkit.models.stack import find_blocks
 from dernkit.models.universal import Universal
 from dernkit.progress import Silent
 from dernkit.registry import Registry

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import dernkit
 from dernkit.errors import CheckpointError
 from dernkit.models.groups import regrouped
-from dernkit.models.source import find_blocks
+from dernkit.models.stack import find_blocks
 from dernkit.models.universal import Universal
 from dernkit.registry import Registry
 from dernkit.stages.plan import check_keep

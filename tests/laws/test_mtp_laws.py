@@ -20,7 +20,8 @@ from dernkit.progress import Silent
 from dernkit.recipe import Recipe
 from dernkit.registry import Registry
 from dernkit.stages import apply
-from dernkit.stages.apply import JOURNAL, apply_checkpoint
+from dernkit.stages.apply import apply_checkpoint
+from dernkit.stages.journal import JOURNAL
 from dernkit.testing.checkpoints import tokens
 from dernkit.types import ExpertBank, LayerPlan
 from tests.laws.mtp_checkpoints import KINDS, LAYOUTS, add, in_place_of_last, is_routed, save

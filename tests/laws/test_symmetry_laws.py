@@ -13,7 +13,7 @@ import dernkit
 from dernkit.builtin.assigners import Affinity
 from dernkit.builtin.merges import SphericalKMeans
 from dernkit.builtin.routers import Slice
-from dernkit.models.source import find_blocks
+from dernkit.models.stack import find_blocks
 from dernkit.models.universal import Universal
 from dernkit.registry import Registry
 from dernkit.stages.apply import apply_live

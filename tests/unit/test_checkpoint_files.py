@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dernkit.errors import CheckpointError
-from dernkit.models.checkpoint import INDEX, SINGLE, open_checkpoint, read_header
+from dernkit.models.checkpoint import open_checkpoint
 from dernkit.models.folder import SOURCE_CARD
+from dernkit.models.headers import INDEX, SINGLE, read_header
 from dernkit.models.source import open_source
 from dernkit.models.universal import Universal
 from tests.unit.workbench import SHARDS, Workbench, edit_config, put_value

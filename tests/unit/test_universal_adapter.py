@@ -8,7 +8,7 @@ import transformers
 from dernkit.errors import CheckpointError
 from dernkit.memory import measured, peak_bytes
 from dernkit.models.probe import build_on_meta
-from dernkit.models.source import find_blocks
+from dernkit.models.stack import find_blocks
 from dernkit.models.universal import Universal
 from dernkit.testing.checkpoints import FAMILIES, tiny_model
 

@@ -12,7 +12,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 import dernkit
 from dernkit.errors import CheckpointError
-from dernkit.models.source import find_blocks
+from dernkit.models.stack import find_blocks
 from dernkit.models.universal import Universal
 from dernkit.registry import Registry
 from tests.laws.every_model import aligned, masked

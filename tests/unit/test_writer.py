@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dernkit.errors import CheckpointError
 from dernkit.models import writer
-from dernkit.models.checkpoint import INDEX, SINGLE, open_checkpoint
+from dernkit.models.checkpoint import open_checkpoint
+from dernkit.models.headers import INDEX, SINGLE
 from dernkit.models.writer import ShardWriter
 
 SHARDS = {

@@ -19,7 +19,7 @@ from dernkit.models.explain.calls import Call, first_calls
 from dernkit.models.explain.explanation import Explanation, explain
 from dernkit.models.explain.smaller import smaller_config
 from dernkit.models.probe import build_on_meta
-from dernkit.models.source import find_blocks
+from dernkit.models.stack import find_blocks
 
 _LARGEST = 2**30
 """Parameters of a module that is run: 4 GB in float32."""
