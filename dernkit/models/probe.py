@@ -36,17 +36,26 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """``torch.empty`` without a device allocates nothing.
+    """``torch.empty``, and stacks of matrices of ``torch.zeros``, without a device allocate nothing.
 
     `init_empty_weights` moves a parameter to the meta device after it was made: before that, the experts of one
-    DeepSeek-V3 layer would take 30 GB. Buffers are computed (``arange``, ``zeros``), not left empty, and stay real.
+    DeepSeek-V3 layer would take 30 GB. Buffers are computed (``arange``, ``zeros`` of one or two dimensions), not left
+    empty, and stay real.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.empty and kwargs.get("device") is None:
+        if kwargs.get("device") is None and (func is torch.empty or (func in _FILLED and _is_stack(args, kwargs))):
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
+
+
+_FILLED = (torch.zeros, torch.ones)
+
+
+def _is_stack(args: Any, kwargs: Any) -> bool:
+    size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+    return len(size) > 2
 
 
 def build_on_meta(model_class: type[nn.Module], config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
