@@ -210,7 +210,7 @@ def _layout(works: Iterable[_Work], width: int) -> tuple[dict[str, Tensor], froz
     unknown = sorted(replaced.keys() - touched)
     if unknown:
         raise CheckpointError(
-            f"{store.checkpoint.path}: results must go under names that the source has. Got '{unknown[0]}' instead. "
+            f"{checkpoint.path}: results must go under names that the source has. Got '{unknown[0]}' instead. "
             f"This checkpoint's layout needs an adapter plugin."
         )
     return replaced, frozenset(touched - replaced.keys())

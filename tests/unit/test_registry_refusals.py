@@ -124,7 +124,7 @@ class Reserved:
 class Unresolvable:
     name: ClassVar[str] = "unresolvable"
     requires: ClassVar[frozenset[str]] = NONE
-    mode: "Nowhere" = None  # type: ignore[name-defined]
+    mode: "Nowhere" = None  # type: ignore[name-defined]  # noqa: F821
     score = score
 
 
