@@ -28,9 +28,12 @@ AS_LLAMA_CPP_KNOWS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"mlp_only_layers": ()},
 }
 """It has only what the published models have: as many heads for keys as for queries, and no dense layer."""
+_MOVED: dict[str, Any] = {"assign": {**DERN, "quantile": 0.5}, "router": "additive"}
 STAGES: dict[str, dict[str, Any]] = {
     "pruned": {},
-    "DERN": {"assign": {**DERN, "quantile": 0.5}, "router": "additive"},
+    "DERN": _MOVED,
+    "wider": {**_MOVED, "merge": "concatenate", "width": 96},
+    "narrower": {**_MOVED, "width": 16},
 }
 """Recipes that run through the stages, on models without a tokenizer."""
 SHIPPED = {
@@ -96,9 +99,9 @@ class Bench:
 
 
 def model5(folder: Path) -> Any:
-    """The checkpoint in this environment's transformers, in float32; every tensor must fit."""
+    """The checkpoint in this environment's transformers, or a plugin's class, in float32; every tensor must fit."""
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    load = getattr(transformers, architecture).from_pretrained
+    load = getattr(transformers, architecture, transformers.AutoModelForCausalLM).from_pretrained
     model, info = load(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()

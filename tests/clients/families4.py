@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+EXPERTS, WIDTH = 8, 24
+"""Of every model here; no other field that says how wide something is says 24."""
 ROPE_THETA = 50_000.0
 """No family's default: a reader that misses the field computes something else."""
 DBRX_THETA = 10_000.0
-"""What transformers 5.23 computes with whatever DBRX's field says (published models say 500,000): upstream's defect."""
+"""What transformers 5.23 computes with whatever DBRX's own field says (published models say 500,000)."""
 
 _BASE = {
     "vocab_size": 96,
@@ -33,10 +35,17 @@ _LATENT = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
 }
-_LOCAL = {"num_local_experts": 8, "intermediate_size": 24}
-_PLAIN = {"num_experts": 8, "intermediate_size": 24}
-_QWEN = {"num_experts": 8, "moe_intermediate_size": 24, "intermediate_size": 56, "mlp_only_layers": [0]}
-_ROUTED = {"n_routed_experts": 8, "moe_intermediate_size": 24, "intermediate_size": 56, "first_k_dense_replace": 1}
+_LOCAL = {"num_local_experts": EXPERTS, "intermediate_size": WIDTH}
+_PLAIN = {"num_experts": EXPERTS, "intermediate_size": WIDTH}
+_QWEN = {"num_experts": EXPERTS, "moe_intermediate_size": WIDTH, "intermediate_size": 56, "mlp_only_layers": [0]}
+_ROUTED = {
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": WIDTH,
+    "intermediate_size": 56,
+    "first_k_dense_replace": 1,
+}
+_TWO_SHARED = {**_ROUTED, "n_shared_experts": 2}
 _GROUPS = {"n_group": 2, "topk_group": 1}
 _LINEAR = {
     "linear_num_value_heads": 4,
@@ -45,11 +54,11 @@ _LINEAR = {
     "linear_value_head_dim": 16,
 }
 _ERNIE = {
-    "moe_num_experts": 8,
+    "moe_num_experts": EXPERTS,
     "moe_k": 2,
     "moe_num_shared_experts": 1,
     "moe_layer_start_index": 1,
-    "moe_intermediate_size": 24,
+    "moe_intermediate_size": WIDTH,
     "intermediate_size": 56,
     "tie_word_embeddings": False,
 }
@@ -64,14 +73,14 @@ _JAMBA = {
     "use_mamba_kernels": False,
 }
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
-_ARIA = {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1, "intermediate_size": 24}
+_ARIA = {"moe_num_experts": EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 1, "intermediate_size": WIDTH}
 _LLAMA4 = {"intermediate_size_mlp": 56, "interleave_moe_layer_step": 1, "attention_chunk_size": 32}
 _LONGCAT = {
     "num_layers": 2,
-    "n_routed_experts": 8,
+    "n_routed_experts": EXPERTS,
     "moe_topk": 2,
     "zero_expert_num": 3,
-    "expert_ffn_hidden_size": 24,
+    "expert_ffn_hidden_size": WIDTH,
     "ffn_hidden_size": 56,
     "head_dim": 16,
 }
@@ -83,7 +92,7 @@ _DBRX = {
     "max_seq_len": 128,
     "pad_token_id": 0,
     "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": DBRX_THETA},
-    "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2, "ffn_hidden_size": 24},
+    "ffn_config": {"moe_num_experts": EXPERTS, "moe_top_k": 2, "ffn_hidden_size": WIDTH},
 }
 _EYES = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32, "patch_size": 8}
 _TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -108,18 +117,31 @@ class Family:
     """What dernkit says when it refuses it."""
     rope_theta: float = ROPE_THETA
 
+    @property
+    def experts(self) -> dict[str, Any]:
+        """The fields, or those of the part of the config that describes experts."""
+        return next((self.fields[part] for part in ("text_config", "ffn_config") if part in self.fields), self.fields)
 
-_UNDECLARED = "experts must be declared by transformers' experts interface"
+    @property
+    def width(self) -> str:
+        """The field that says how many neurons an expert has."""
+        return next(name for name, value in self.experts.items() if value == WIDTH)
+
+    @property
+    def shared(self) -> str | None:
+        """The field that counts shared experts, which are as wide as the others."""
+        return next((name for name in self.experts if name.endswith("_shared_experts")), None)
+
 
 FAMILIES4: dict[str, Family] = {
     "aria_text": Family("AriaText", {**_ATTENTION, **_ARIA}, "moe_num_experts"),
-    "dbrx": Family("Dbrx", _DBRX, "moe_num_experts", refused=_UNDECLARED, rope_theta=DBRX_THETA),
-    "deepseek_v2": Family("DeepseekV2", {**_LATENT, **_ROUTED, "topk_method": "greedy"}, "n_routed_experts"),
+    "dbrx": Family("Dbrx", _DBRX, "moe_num_experts", rope_theta=DBRX_THETA),
+    "deepseek_v2": Family("DeepseekV2", {**_LATENT, **_TWO_SHARED, "topk_method": "greedy"}, "n_routed_experts"),
     "deepseek_v2_groups": Family(
-        "DeepseekV2", {**_LATENT, **_ROUTED, **_GROUPS, "topk_method": "group_limited_greedy"}, "n_routed_experts"
+        "DeepseekV2", {**_LATENT, **_TWO_SHARED, **_GROUPS, "topk_method": "group_limited_greedy"}, "n_routed_experts"
     ),
     "deepseek_v3": Family("DeepseekV3", {**_LATENT, **_ROUTED, **_GROUPS}, "n_routed_experts"),
-    "dots1": Family("Dots1", {**_HEADS, **_ROUTED, "n_shared_experts": 1}, "n_routed_experts"),
+    "dots1": Family("Dots1", {**_HEADS, **_ROUTED}, "n_routed_experts"),
     "ernie4_5_moe": Family("Ernie4_5_Moe", {**_ATTENTION, **_ERNIE}, "moe_num_experts"),
     "flex_olmo": Family("FlexOlmo", {**_ATTENTION, **_PLAIN}, "num_experts"),
     "glm4_moe": Family("Glm4Moe", {**_HEADS, **_ROUTED}, "n_routed_experts"),
@@ -144,14 +166,23 @@ FAMILIES4: dict[str, Family] = {
     "granitemoeshared": Family("GraniteMoeShared", {**_ATTENTION, **_LOCAL, "shared_intermediate_size": 20}),
     "hunyuan_v1_moe": Family("HunYuanMoEV1", {**_HEADS, **_PLAIN, "moe_topk": 2}, "num_experts"),
     "jamba": Family("Jamba", {**_ATTENTION, **_PLAIN, **_JAMBA}, "num_experts"),
-    "jetmoe": Family("JetMoe", {**_BASE, **_LOCAL, "num_key_value_heads": 2, "kv_channels": 16}, refused=_UNDECLARED),
+    "jetmoe": Family(
+        "JetMoe",
+        {**_BASE, **_LOCAL, "num_key_value_heads": 2, "kv_channels": 16},
+        refused="attention heads that are experts too",
+    ),
     "llama4": Family(
         "Llama4",
         {"text_config": {**_HEADS, **_LOCAL, **_LLAMA4}, "vision_config": {**_TOWER, "vision_output_dim": 32}},
         model="ForConditionalGeneration",
-        refused=_UNDECLARED,
     ),
-    "longcat_flash": Family("LongcatFlash", {**_LATENT, **_LONGCAT}, "n_routed_experts", refused=_UNDECLARED),
+    "longcat_flash": Family(
+        "LongcatFlash",
+        {**_LATENT, **_LONGCAT},
+        "n_routed_experts",
+        refused="the checkpoint must fit config.json. Got shape [8, 48, 32] for "
+        "'model.layers.0.mlp.experts.gate_up_proj', not [11, 48, 32], instead.",
+    ),
     "minimax": Family("MiniMax", {**_HEADS, **_LOCAL, "block_size": 16}),
     "mixtral": Family("Mixtral", {**_ATTENTION, **_LOCAL}),
     "nllb_moe": Family(
@@ -159,7 +190,7 @@ FAMILIES4: dict[str, Family] = {
         {"vocab_size": 96, "d_model": 32, "num_experts": 8, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24},
         "num_experts",
         "ForConditionalGeneration",
-        refused=_UNDECLARED,
+        refused="a router that transformers runs wrongly",
     ),
     "olmoe": Family("Olmoe", {**_ATTENTION, **_PLAIN}, "num_experts"),
     "phimoe": Family("Phimoe", {**_ATTENTION, **_LOCAL}),
@@ -184,7 +215,7 @@ FAMILIES4: dict[str, Family] = {
         {"vocab_size": 96, "d_model": 32, "d_kv": 16, "d_ff": 24, "num_experts": 8, "num_layers": 2, "num_heads": 2},
         "num_experts",
         "ForConditionalGeneration",
-        refused=_UNDECLARED,
+        refused="an encoder and a decoder",
     ),
 }
 """All MoE families of 4.57.6 but two: it cannot run the mixture of doge, and qwen3_omni_moe is several models."""

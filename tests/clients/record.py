@@ -11,6 +11,8 @@ from pathlib import Path
 
 RECORD = "DERNKIT_CLIENTS_RECORD"
 """Environment variable: the file to which a run of these tests writes its figures."""
+LOGITS = "largest difference of a logit to transformers, float32"
+RELATIVE = "largest difference of a logit to transformers 5, relative to the largest logit, float32"
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Record:
         commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
         clients = [
             {"client": client, "compared": compared, "models": models}
-            for (client, compared), models in self.figures.items()
+            for (client, compared), models in sorted(self.figures.items())
         ]
         data = {"machine": f"{len(os.sched_getaffinity(0))} {platform.machine()} cores", "commit": commit.strip()}
         file.write_text(json.dumps({**data, "clients": clients}, indent=1) + "\n", encoding="utf-8")

@@ -13,12 +13,11 @@ from transformers import AutoConfig
 
 from tests.clients.bench import BUNDLED, SHIPPED, Bench, logits5, logits_of
 from tests.clients.client import Client
-from tests.clients.record import Record
+from tests.clients.record import LOGITS, Record
 
 pytestmark = pytest.mark.clients
 MODELS = ("mixtral", "qwen3_moe", "olmoe", BUNDLED)
 IDS = torch.randint(3, 4096, (2, 40), generator=torch.Generator().manual_seed(5))
-COMPARED = "largest difference of a logit to transformers, float32"
 
 
 @pytest.mark.parametrize("kind", ["source", *SHIPPED])
@@ -29,7 +28,7 @@ def test_logits_are_those_of_transformers(
     folder = bench.made(model, kind)
     found, expected = logits_of(mlx, folder, IDS, tmp_path / "logits.npy"), logits5(folder, IDS)
     difference = float(np.abs(found - expected).max())
-    record.note(mlx.version, COMPARED, model, kind, difference)
+    record.note(mlx.version, LOGITS, model, kind, difference)
     assert difference <= 1e-4
     assert expected.std() > 0.5
 

@@ -32,13 +32,14 @@ def recipe(
     router: str = "slice",
     groups: str = "respect",
     mtp: str = "compress",
+    width: int | None = None,
 ) -> Recipe:
     """A bound recipe; its source is never read."""
     data: dict[str, Any] = {
         "dernkit": 1,
         "calibrate": {"source": {"use": "text-file", "path": "unused.txt"}, "sequences": 4, "length": 16},
         "plan": {"keep": keep, "score": {"use": score}, "groups": groups},
-        "apply": {"router": {"use": router}, "mtp": mtp},
+        "apply": {"router": {"use": router}, "width": width, "mtp": mtp},
     }
     if assign is not None:
         data["plan"]["assign"] = assign
@@ -73,6 +74,7 @@ def run(folder: Path, out: Path, bound: Recipe, tokens: torch.Tensor) -> list[La
         folder=out,
         key="test",
         progress=Silent(),
+        width=bound.apply.width,
         mtp=bound.apply.mtp,
     )
     return plans
