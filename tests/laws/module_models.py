@@ -21,7 +21,7 @@ from dernkit.architecture import ModuleExperts, blocks_by_layout
 class OwnConfig(PreTrainedConfig):
     """Sizes under names of their own."""
 
-    attribute_map = {"vocab_size": "vocabulary"}
+    attribute_map: ClassVar[dict[str, str]] = {"vocab_size": "vocabulary"}
     vocabulary: int = 96
     breadth: int = 32
     depth: int = 2
