@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dernkit.api import CheckpointError
-from dernkit.architecture import ModuleExperts, blocks_by_layout
-from dernkit.models.layout import Layout
 from dernkit.models.source import SourceModel, find_blocks, open_source
 from dernkit.progress import Silent
 from dernkit.recipe import Recipe
@@ -24,8 +23,9 @@ from dernkit.stages.apply import apply_checkpoint, apply_live
 from dernkit.stages.calibrate import batched, calibrate_checkpoint, calibrate_live
 from dernkit.stages.plan import plan_checkpoint
 from dernkit.types import LayerPlan
-from tests.laws.module_models import MODELS, Gated, LoopLayout, LoopMoE, OwnAdapter, build
+from tests.laws.module_models import MODELS, OwnAdapter, build
 from tests.laws.pipeline import DERN, TOKENS, recipe, tensors
+from tests.unit.workbench import dernkit, succeeded
 
 IDS = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
 SHARDS = "40KB"
@@ -39,8 +39,8 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
     return model, tmp_path / "model"
 
 
-def opened(folder: Path) -> SourceModel:
-    return open_source(folder, [OwnAdapter()])
+def opened(folder: Path, adapter: Any = None) -> SourceModel:
+    return open_source(folder, [adapter or OwnAdapter()])
 
 
 def planned(source: SourceModel, bound: Recipe) -> list[LayerPlan]:
@@ -50,8 +50,8 @@ def planned(source: SourceModel, bound: Recipe) -> list[LayerPlan]:
     return plan_checkpoint(source, bound.plan, statistics, Silent())
 
 
-def compressed(folder: Path, out: Path, bound: Recipe) -> list[LayerPlan]:
-    source = opened(folder)
+def compressed(folder: Path, out: Path, bound: Recipe, adapter: Any = None) -> list[LayerPlan]:
+    source = opened(folder, adapter)
     plans = planned(source, bound)
     out.mkdir()
     applied(source, plans, bound, out)
@@ -164,114 +164,35 @@ def test_a_killed_run_goes_on(tmp_path: Path, registry: Registry, monkeypatch: p
         assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()
 
 
-class WrongRoute(LoopLayout):
-    """Does not divide by the sum, as the block does."""
-
-    def route(self, block: Any, output: Any) -> tuple[Tensor, Tensor]:
-        coefficients, chosen = output.softmax(dim=-1).topk(block.consulted)
-        return chosen, coefficients
-
-
-class WrongOrder(LoopLayout):
-    """Takes the router's answer for coefficients first, as many routers give it."""
-
-    def route(self, block: Any, output: Any) -> tuple[Tensor, Tensor]:
-        chosen, coefficients = super().route(block, output)
-        return chosen.flip(-1), coefficients
-
-
-class NoRoute(LoopLayout):
-    route = Layout.route
-
-
-class NoRouter(LoopLayout):
-    router = None
-
-
-class NoTopK(LoopLayout):
-    top_k = Layout.top_k
-
-
-class Swapped(LoopLayout):
-    gate, up, down = "w_val", "w_act", "w_out"
-
-
-class WrongActivation(LoopLayout):
-    def activation(self, module: Any, gate: Tensor | None, up: Tensor) -> Tensor:
-        assert gate is not None
-        return gate.relu() * up
-
-
-REFUSALS = {
-    WrongRoute: "must add coefficient times expert output for the routing that its layout tells. Got another sum",
-    WrongOrder: "must add coefficient times expert output for the routing that its layout tells. Got another sum",
-    NoRoute: "must run on hidden states alone to be understood. Got 'NoRoute has a router and no route()'",
-    NoRouter: "a layout that claims a whole MoE block must name its router. Got none for 'stack.0.ffn'",
-    NoTopK: "the router must say how many experts a token takes. Got no top-k field instead",
-    Swapped: "experts must compute down(act(gate(x)) * up(x)) of the weights found. Got outputs",
-    WrongActivation: "experts must compute down(act(gate(x)) * up(x)) of the weights found. Got outputs",
+FILLED = {
+    "own_loop": {"return chosen, coefficients": "return chosen, coefficients / coefficients.sum(dim=-1, keepdim=True)"},
+    "own_dict": {"softmax(dim=-1)": "sigmoid()"},
+    "own_plain": {
+        "return chosen, coefficients": "return chosen, coefficients / coefficients.sum(dim=-1, keepdim=True)",
+        "nn.functional.silu(up)": "nn.functional.gelu(up)",
+    },
+    "own_called": {},
 }
+"""What a person would correct in lines that ask for it, or in the one behind such a line."""
 
 
-@pytest.mark.parametrize("layout", REFUSALS)
-def test_a_wrong_layout_is_refused(layout: type[ModuleExperts]):
-    _refused(build("own_loop"), layout(), REFUSALS[layout])
-
-
-class Normed(Gated):
-    """Has a norm of its own, which no linear layer holds."""
-
-    def __init__(self, breadth: int, width: int) -> None:
-        super().__init__(breadth, width)
-        self.inner = nn.RMSNorm(width)
-
-
-class Companion(LoopMoE):
-    """Has a second module for each expert, outside the list."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.more = nn.ModuleList(nn.Linear(4, 4) for _ in range(config.specialists))
-
-
-class NormedMoE(LoopMoE):
-    expert = Normed
-
-
-class RouterNorm(LoopMoE):
-    """What the router sees is not what the experts see."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.selector = nn.Sequential(nn.Linear(config.breadth, config.specialists, bias=False))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        chosen, coefficients = self.routing(self.selector(2 * flat + 1))
-        out = torch.zeros_like(flat)
-        for number, expert in enumerate(self.called()):
-            token, place = torch.where(chosen == number)
-            out.index_add_(0, token, coefficients[token, place, None] * expert(flat[token]))
-        return out.view_as(hidden)
-
-
-MODEL_REFUSALS = {
-    NormedMoE: "experts must hold the tensors that their layout packs. Got 'stack.0.ffn.specialists.0.inner.weight'",
-    Companion: "the same tensors and modules must exist at every expert count and width. Got 'stack.0.ffn.more.",
-    RouterNorm: "must add coefficient times expert output for the routing that its layout tells. Got another sum",
-}
-
-
-@pytest.mark.parametrize("moe", MODEL_REFUSALS)
-def test_what_the_layout_does_not_cover_is_refused(moe: type[nn.Module]):
-    layout = LoopLayout()
-    layout.class_name = moe.__name__
-    _refused(build(f"own_{moe.__name__.lower()}", moe), layout, MODEL_REFUSALS[moe])
-
-
-def _refused(model: Any, layout: ModuleExperts, sentence: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        for block in blocks_by_layout(model, [layout]):
-            block.router_kind()
-            block.check()
-    assert sentence in str(caught.value)
+def test_the_adapter_that_inspect_begins_compresses(
+    saved: Any, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+):
+    model, folder = saved
+    said = succeeded(dernkit("inspect", str(folder), "--explain")).stdout
+    text = said.partition("A starting adapter, to be completed:\n\n")[2]
+    for line, better in FILLED[model.config.model_type].items():
+        at = text.index(line)
+        assert "CHECK" in text[text.rindex("\n", 0, text.rindex("\n", 0, at)) : text.index("\n", at)]
+        text = text.replace(line, better)
+    starter: Any = ModuleType("starter")
+    monkeypatch.setitem(sys.modules, "starter", starter)
+    exec(compile(text, "starter.py", "exec"), vars(starter))
+    (adapter,) = starter.dernkit_adapters()
+    plans = compressed(folder, tmp_path / "out", recipe(registry, assign=DERN), adapter())
+    assert (
+        compressed(folder, tmp_path / "own", recipe(registry, assign=DERN))[0].kept.tolist() == plans[0].kept.tolist()
+    )
+    for file in (tmp_path / "own").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
