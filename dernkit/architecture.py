@@ -10,12 +10,14 @@
         def blocks(self, model):
             return blocks_by_layout(model, [MyLayout()])
 
+`ModuleExperts` is the layout of experts that are modules of their own, one `nn.Linear` for each of their matrices.
 A model whose experts transformers declares needs no adapter. One that cannot be described by a layout implements
 `dernkit.api.Adapter` and `dernkit.api.Block` itself.
 """
 
-from dernkit.models.layouts import Layout, halves, joined
+from dernkit.models.layout import Layout, halves, joined
+from dernkit.models.module_experts import ModuleExperts
 from dernkit.models.universal import blocks_by_layout
 from dernkit.types import ExpertWeights
 
-__all__ = ["ExpertWeights", "Layout", "blocks_by_layout", "halves", "joined"]
+__all__ = ["ExpertWeights", "Layout", "ModuleExperts", "blocks_by_layout", "halves", "joined"]

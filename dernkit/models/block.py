@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dernkit.errors import CheckpointError
+from dernkit.models.experts_check import check_experts
 from dernkit.models.family import Family
-from dernkit.models.layouts import Layout
+from dernkit.models.layout import Layout
 from dernkit.models.probe import Probe
-from dernkit.models.rehearsal import Rehearsal, check_experts, rehearse
+from dernkit.models.rehearsal import Rehearsal, rehearse
 from dernkit.types import CompressedLayer, ExpertBank, ExpertWeights, LayerDims
 
 
@@ -38,7 +39,12 @@ class UniversalBlock:
     @property
     def experts(self) -> Any:
         """The experts module."""
-        return self.module.get_submodule(self.experts_path.removeprefix(self.path + "."))
+        return self.module.get_submodule(self.experts_below)
+
+    @property
+    def experts_below(self) -> str:
+        """The experts module's path below the block; "" where it is the block."""
+        return self.experts_path.removeprefix(self.path).removeprefix(".")
 
     @property
     def hidden(self) -> int:
@@ -124,6 +130,7 @@ class UniversalBlock:
             for path in coupled:
                 coupling.resize(path, width)
         self._resize(self.family.count, len(compressed.router))
+        self.layout.shrink(self.experts, len(compressed.router))
 
     def on_routing(self, callback: Callable[[Tensor, Tensor, Tensor], None]) -> RemovableHandle:
         scale = self.rehearsal().scale
@@ -173,5 +180,6 @@ def _set(module: nn.Module, name: str, value: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
     if leaf in owner._parameters:
-        value = nn.Parameter(value, requires_grad=False)
+        part = value.untyped_storage().nbytes() > value.nbytes  # of a stack of experts, which it would keep in memory
+        value = nn.Parameter(value.clone() if part else value, requires_grad=False)
     setattr(owner, leaf, value)

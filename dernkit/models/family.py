@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from dernkit.models.coupling import Coupling, couple
-from dernkit.models.layouts import Layout
+from dernkit.models.layout import Layout
 from dernkit.models.probe import Field, Probe, probe_field
 
 
@@ -24,9 +24,8 @@ class Family:
     """The probes of one model; that of the width runs when it is first asked for."""
 
     model: Any
-    layouts: Sequence[Layout]
-    paths: list[str]
-    """Of the experts modules."""
+    layouts: Mapping[str, Layout]
+    """Path of an experts module -> its layout."""
     count: Probe
     experts: int
     width: int
@@ -35,29 +34,36 @@ class Family:
     _coupling: Coupling | None = None
 
     @staticmethod
-    def of(model: Any, layouts: Sequence[Layout], paths: list[str], experts: int, width: int) -> Family:
+    def of(model: Any, layouts: Mapping[str, Layout], experts: int, width: int) -> Family:
         """Find the field that counts experts.
 
         Raises:
             CheckpointError: none, or more than one, does.
         """
-        count = probe_field(model, experts, lambda a, b: _grown(a, b, layouts, paths, 0), "expert count")
-        return Family(model, layouts, paths, count, experts, width)
+        lists = [holder(path, layout) for path, layout in layouts.items() if layout.expert_modules is not None]
+        count = probe_field(model, experts, lambda a, b: _grown(a, b, layouts, 0), "expert count", lists)
+        return Family(model, layouts, count, experts, width)
 
     def coupling(self) -> Coupling:
         """The field that sets the width, and all that follows it outside the experts."""
         if self._coupling is None:
-            probe = probe_field(
-                self.model, self.width, lambda a, b: _grown(a, b, self.layouts, self.paths, 1), "expert width"
-            )
-            self._coupling = couple(self.model, probe, self.paths)
+            probe = probe_field(self.model, self.width, lambda a, b: _grown(a, b, self.layouts, 1), "expert width")
+            self._coupling = couple(self.model, probe, [holder(*place) for place in self.layouts.items()])
         return self._coupling
+
+    def block(self, experts: str) -> str:
+        """Path of the MoE block around an experts module: the module itself, if something else there follows the count,
+        or else its parent.
+        """
+        inside = holder(experts, self.layouts[experts]) + "."
+        own = any(name.startswith(experts + ".") and not name.startswith(inside) for name in self.count.tensors)
+        return experts if own else experts.rpartition(".")[0]
 
     def coupled(self, block: str) -> list[str]:
         """Paths of the coupled MLPs that the surgery on one block takes along: those inside it, and each dense layer's
         by one of the blocks, so that no two do it and few are in memory at a time.
         """
-        blocks = [path.rpartition(".")[0] for path in self.paths]
+        blocks = [self.block(path) for path in self.layouts]
         return [path for path in self.coupling().modules if _caretaker(path, blocks) == block]
 
     def fields(self, experts: int, width: int) -> dict[Field, int]:
@@ -78,19 +84,21 @@ def layer_number(path: str) -> int:
     return -1 if number is None else int(number.group(1))
 
 
-def _grown(model: Any, other: Any, layouts: Sequence[Layout], paths: list[str], dim: int) -> bool:
+def holder(path: str, layout: Layout) -> str:
+    """Path of what holds the experts' weights and nothing else: the experts module, or the list of experts in it."""
+    return f"{path}.{layout.expert_modules}" if layout.expert_modules else path
+
+
+def _grown(model: Any, other: Any, layouts: Mapping[str, Layout], dim: int) -> bool:
     """Whether every experts module of ``other`` has more experts (dim 0) or wider ones (dim 1), and else the same."""
-    for path in paths:
-        before, after = (_sizes(m.get_submodule(path), layouts) for m in (model, other))
-        if after is None or before is None or after[dim] <= before[dim] or after[1 - dim] != before[1 - dim]:
+    twins = dict(other.named_modules())
+    for path, layout in layouts.items():
+        if path not in twins or not layout.claims(twins[path]):
+            return False
+        before, after = (layout.unpack(module).up.shape for module in (model.get_submodule(path), twins[path]))
+        if after[dim] <= before[dim] or after[1 - dim] != before[1 - dim]:
+            return False
+        names, more = (list(layout.members(module)) for module in (model.get_submodule(path), twins[path]))
+        if more[: len(names)] != names:
             return False
     return True
-
-
-def _sizes(module: Any, layouts: Sequence[Layout]) -> tuple[int, int] | None:
-    """Experts and width; None where the weights do not fit the module's own sizes."""
-    layout = layout_of(module, layouts)
-    if layout is None:
-        return None
-    up = layout.unpack(module).up
-    return up.shape[0], up.shape[1]

@@ -1,4 +1,4 @@
-"""How experts modules hold their weights: a general layout, and one per class that transformers leaves undeclared."""
+"""How transformers' experts modules hold their weights: a general layout, and one for each undeclared class."""
 
 from __future__ import annotations
 
@@ -10,66 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dernkit.errors import CheckpointError
+from dernkit.models.layout import Callback, Layout, halves, joined
 from dernkit.types import ExpertWeights
-
-Callback = Callable[[Tensor, Tensor, Tensor], None]
-"""``callback(inputs [n, H], chosen [n, k], coefficients [n, k])``."""
-
-
-class Layout:
-    """One experts module ⇄ canonical weights; every method gets the module. Works on meta tensors too.
-
-    This base class holds what most experts modules have in common: they are called with ``(hidden states, chosen
-    [n, k], coefficients [n, k])`` and return the sum of coefficient times expert output.
-    """
-
-    coefficient_on_input = False
-    """Whether the module computes ``E_e(c x)`` instead of ``c E_e(x)``."""
-
-    def claims(self, module: nn.Module) -> bool:
-        """Whether the module is a collection of experts in this layout."""
-        raise NotImplementedError
-
-    def unpack(self, module: Any) -> ExpertWeights:
-        """Views of the module's weights."""
-        raise NotImplementedError
-
-    def pack(self, module: Any, weights: ExpertWeights) -> dict[str, Tensor]:
-        """Parameter names below the module -> tensors that hold ``weights`` (of any count and width)."""
-        raise NotImplementedError
-
-    def activation(self, module: Any, gate: Tensor | None, up: Tensor) -> Tensor:
-        """Neuron activations [n, W] of pre-activations [n, W]."""
-        return module.act_fn(up) if gate is None else module.act_fn(gate) * up
-
-    def finish(self, module: Any) -> Callable[[Tensor], Tensor] | None:
-        """What follows the down projection inside every expert, if anything does."""
-        return None
-
-    def routing(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs [n, H], chosen [n, k] and coefficients [n, k] of one call of the module."""
-        hidden, chosen, coefficients = args
-        return hidden.reshape(-1, hidden.shape[-1]), chosen, coefficients
-
-    def listen(self, block: nn.Module, module: nn.Module, callback: Callback) -> RemovableHandle:
-        """Report the routing of every forward call."""
-        return module.register_forward_pre_hook(lambda _, args: callback(*self.routing(module, args)))
-
-    def run(self, module: Any, hidden: Tensor, chosen: Tensor, coefficients: Tensor) -> Tensor:
-        """The module's own routed output [n, H] for a routing."""
-        return module(hidden, chosen, coefficients)
-
-
-def halves(fused: Tensor, *, concatenated: bool = True) -> tuple[Tensor, Tensor]:
-    """Rows [E, 2W, ...] as gate and up [E, W, ...]."""
-    if concatenated:
-        return fused.chunk(2, dim=1)  # type: ignore[return-value]
-    return fused[:, ::2], fused[:, 1::2]
-
-
-def joined(gate: Tensor, up: Tensor, *, concatenated: bool = True) -> Tensor:
-    """The inverse of `halves`."""
-    return torch.cat([gate, up], dim=1) if concatenated else torch.stack([gate, up], dim=2).flatten(1, 2)
 
 
 class Declared(Layout):

@@ -127,8 +127,13 @@ def _walk(node: dict[str, Any], path: Field) -> Iterator[tuple[Field, Any]]:
             yield (*path, key), value
 
 
-def probe_field(model: Any, value: int, changed: Callable[[Any, Any], bool], what: str) -> Probe:
+def probe_field(
+    model: Any, value: int, changed: Callable[[Any, Any], bool], what: str, lists: Collection[str] = ()
+) -> Probe:
     """Find the config field with ``value`` whose doubling makes ``changed(model, doubled)`` true, and what follows it.
+
+    Args:
+        lists: paths of modules that may have more children in the doubled build: one for each expert.
 
     Raises:
         CheckpointError: no field, or more than one, does.
@@ -142,7 +147,7 @@ def probe_field(model: Any, value: int, changed: Callable[[Any, Any], bool], wha
             f"Got {names} instead. This family needs an adapter plugin."
         )
     field, other = found[0]
-    return compared(model, other, field, value)
+    return compared(model, other, field, value, lists)
 
 
 def doubled(model: Any, field: Field, value: int) -> Any | None:
@@ -155,8 +160,14 @@ def doubled(model: Any, field: Field, value: int) -> Any | None:
         return None
 
 
-def compared(model: Any, other: Any, field: Field, value: int) -> Probe:
-    """What grew from ``model`` to ``other``, in which ``field`` is doubled."""
+def compared(model: Any, other: Any, field: Field, value: int, lists: Collection[str] = ()) -> Probe:
+    """What grew from ``model`` to ``other``, in which ``field`` is doubled; ``lists`` as for `probe_field`.
+
+    Raises:
+        CheckpointError: something exists in one build only, outside of the ``lists``.
+    """
+    _refuse_more(model, _tensors(model), _tensors(other), lists)
+    _refuse_more(model, _modules(model), _modules(other), lists)
     return Probe(field, value, _grown_tensors(model, other), _grown_attributes(model, other))
 
 
@@ -165,16 +176,25 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _grown_tensors(model: Any, other: nn.Module) -> dict[str, dict[int, int]]:
-    before, after = _tensors(model), _tensors(other)
-    if before.keys() != after.keys():
-        extra = sorted(before.keys() ^ after.keys())[0]
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Shared modules under each of their names."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def _refuse_more(model: Any, before: Collection[str], after: Collection[str], lists: Collection[str]) -> None:
+    inside = tuple(f"{path}." for path in lists)
+    more = [name for name in after if name not in before and not name.startswith(inside)]
+    if extra := sorted({*(name for name in before if name not in after), *more}):
         raise CheckpointError(
-            f"{model.config.model_type}: the same tensors must exist at every expert count and width. Got '{extra}' "
-            f"in one build only instead. This family needs an adapter plugin."
+            f"{model.config.model_type}: the same tensors and modules must exist at every expert count and width. "
+            f"Got '{extra[0]}' in one build only instead. This family needs an adapter plugin."
         )
+
+
+def _grown_tensors(model: nn.Module, other: nn.Module) -> dict[str, dict[int, int]]:
+    after = _tensors(other)
     grown = {}
-    for name, tensor in before.items():
+    for name, tensor in _tensors(model).items():
         sizes = enumerate(zip(tensor.shape, after[name].shape, strict=True))
         if dims := {dim: b - a for dim, (a, b) in sizes if a != b}:
             grown[name] = dims
@@ -183,7 +203,9 @@ def _grown_tensors(model: Any, other: nn.Module) -> dict[str, dict[int, int]]:
 
 def _grown_attributes(model: nn.Module, other: nn.Module) -> dict[str, dict[str, int]]:
     grown: dict[str, dict[str, int]] = {}
-    for (path, module), twin in zip(model.named_modules(), other.modules(), strict=True):
+    twins = _modules(other)
+    for path, module in model.named_modules():
+        twin = twins[path]
         found = {
             name: vars(twin)[name] - value
             for name, value in vars(module).items()

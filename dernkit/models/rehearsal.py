@@ -1,14 +1,11 @@
-"""Checks by behaviour: what shapes say of a block is held against what the block does.
+"""Checks by behaviour: what shapes and layout say of a block's routing is held against what the block does.
 
-The router's part runs on a random copy of the block without its experts, so no weight is needed; the experts' part runs
-on the block's own weights, a few tokens of them.
+It runs on a random copy of the block without its experts, so no weight is needed.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from dernkit.errors import CheckpointError
-from dernkit.models.layouts import Layout
+from dernkit.models.layout import Layout
 from dernkit.models.router_kind import router_kind
+from dernkit.models.stubs import stubbed
 from dernkit.sentences import reason
-from dernkit.types import ExpertBank, LayerDims
+from dernkit.types import LayerDims
 
 _TOKENS = 48
-_NOT_RUN = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+NOT_RUN = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
+"""What code raises that does not fit to what it is called with."""
 
 
 class _Block(Protocol):
     path: str
     dims: LayerDims
     module: Any
-    experts_path: str
     layout: Layout
     router_name: str
     per_expert_dims: dict[str, int]
@@ -39,7 +36,11 @@ class _Block(Protocol):
     @property
     def hidden(self) -> int: ...
 
-    def bank(self) -> ExpertBank: ...
+    @property
+    def experts(self) -> Any: ...
+
+    @property
+    def experts_below(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +55,11 @@ class Rehearsal:
 
 @dataclass(frozen=True, slots=True)
 class _Routing:
+    inputs: Tensor
     chosen: Tensor
     coefficients: Tensor
     outputs: list[Tensor]
     """What the router returned."""
-
-
-class _Stub(nn.Module):
-    """In the experts' place: adds ``value`` and nothing else."""
-
-    def __init__(self, experts: nn.Module) -> None:
-        super().__init__()
-        self.value = 0.0
-        self.num_experts = getattr(experts, "num_experts", 0)
-
-    def forward(self, hidden: Tensor, *rest: Tensor) -> Tensor:
-        return torch.full_like(hidden, self.value)
 
 
 def rehearse(block: _Block) -> Rehearsal:
@@ -79,14 +69,14 @@ def rehearse(block: _Block) -> Rehearsal:
         CheckpointError: the choice does not move with the entries: something else follows the experts, or the rows
             before the last are not theirs.
     """
-    module, stub = _copy(block)
+    module = _copy(block)
     with torch.no_grad():
-        first = _routing(block, module, stub)
-        scale = _scale(block, module, stub)
+        first = _routing(block, module)
+        scale = _scale(block, module) if block.layout.router is None else _told_scale(block, module, first)
         kind = router_kind(_logits(block, module, first), first.coefficients, first.chosen) + _bias(block)
         order = _order(block.dims)
         _permute(block, module, order)
-        second = _routing(block, module, stub)
+        second = _routing(block, module)
     if first.chosen.shape[1] != block.dims.top_k or not _same(first, second, order, block.dims.experts):
         raise CheckpointError(
             f"{block.path}: the router must choose the experts whose entries it holds. Got another choice after they "
@@ -111,18 +101,10 @@ def _logits(block: _Block, module: Any, routing: _Routing) -> list[Tensor]:
     return [*found, _hidden(block)[0] @ rows.T] if rows.shape[1] == block.hidden else found
 
 
-def _copy(block: _Block) -> tuple[Any, _Stub]:
+def _copy(block: _Block) -> Any:
     """The block with random weights and buffers, its experts replaced."""
-    name = block.experts_path.removeprefix(block.path + ".")
-    parent, _, leaf = name.rpartition(".")
-    owner = block.module.get_submodule(parent)
-    experts = getattr(owner, leaf)
-    stub = _Stub(experts)
-    setattr(owner, leaf, stub)
-    try:
+    with stubbed(block.module, block.experts_below, block.layout):
         module = copy.deepcopy(block.module)
-    finally:
-        setattr(owner, leaf, experts)
     module = module.to_empty(device="cpu").eval()
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -134,16 +116,16 @@ def _copy(block: _Block) -> tuple[Any, _Stub]:
             buffer = module.get_buffer(table)
             noise = torch.rand(len(buffer), block.dims.experts, generator=rng)
             buffer.copy_(noise.argsort(dim=1)[:, : buffer.shape[1]])
-    return module, module.get_submodule(name)
+    return module
 
 
 def _hidden(block: _Block) -> Tensor:
     return torch.randn(1, _TOKENS, block.hidden, generator=torch.Generator().manual_seed(1))
 
 
-def _routing(block: _Block, module: Any, stub: _Stub) -> _Routing:
+def _routing(block: _Block, module: Any) -> _Routing:
     """The routing of random tokens by the block; by the router alone where the block needs more than tokens."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
     outputs: list[Tensor] = []
 
     def returned(_: nn.Module, args: Any, output: Any) -> None:
@@ -151,12 +133,14 @@ def _routing(block: _Block, module: Any, stub: _Stub) -> _Routing:
 
     router = module.get_submodule(block.router_name.rpartition(".")[0].split(".")[0])
     handles = [
-        block.layout.listen(module, stub, lambda _, chosen, coefficients: seen.append((chosen, coefficients))),
+        block.layout.listen(module, module.get_submodule(block.experts_below), lambda *told: seen.append(told)),
         router.register_forward_hook(returned),
     ]
     try:
         _forward(block, module)
-    except _NOT_RUN:
+    except NOT_RUN as error:
+        if block.layout.router is not None:  # what its layout tells can be checked in the block only
+            raise _not_run(block, error) from None
         seen.append(_router_alone(block, router))
     finally:
         for handle in handles:
@@ -170,28 +154,61 @@ def _forward(block: _Block, module: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _router_alone(block: _Block, router: Any) -> tuple[Tensor, Tensor]:
+def _router_alone(block: _Block, router: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = _hidden(block)[0]
     try:
-        _, coefficients, chosen = router(_hidden(block)[0])
-    except _NOT_RUN as error:
-        raise CheckpointError(
-            f"{block.path}: the block, or its router, must run on hidden states alone to be understood. "
-            f"Got '{reason(error)}' instead. This family needs an adapter plugin."
-        ) from None
-    return chosen, coefficients
+        _, coefficients, chosen = router(hidden)
+    except NOT_RUN as error:
+        raise _not_run(block, error) from None
+    return hidden, chosen, coefficients
 
 
-def _scale(block: _Block, module: Any, stub: _Stub) -> float:
+def _not_run(block: _Block, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{block.path}: the block, or its router, must run on hidden states alone to be understood. "
+        f"Got '{reason(error)}' instead. This family needs an adapter plugin."
+    )
+
+
+def _scale(block: _Block, module: Any) -> float:
     if block.layout.coefficient_on_input:
         return 1.0
+    stub = module.get_submodule(block.experts_below)
     try:
         before = _forward(block, module)
         stub.value = 1.0
         change = _forward(block, module) - before
-    except _NOT_RUN:
+    except NOT_RUN:
         return 1.0
     mean = float(change.mean())
     return mean if float((change - mean).abs().max()) < 1e-3 * abs(mean) and abs(mean - 1) > 1e-4 else 1.0
+
+
+def _told_scale(block: _Block, module: Any, told: _Routing) -> float:
+    """The same where the layout tells the routing: experts that multiply must add what it says, but for a constant.
+
+    Raises:
+        CheckpointError: they add something else: the block makes another routing of the router's output.
+    """
+    before = _forward(block, module)
+    rng = torch.Generator().manual_seed(2)
+    factors = torch.randn(block.dims.experts, told.inputs.shape[-1], generator=rng)
+    for stub, factor in zip(
+        block.layout.members(module.get_submodule(block.experts_below)).values(), factors, strict=True
+    ):
+        stub.factors = factor
+    found = (_forward(block, module) - before).flatten(0, -2)
+    beyond = max(0, int(told.chosen.max()) + 1 - len(factors))  # identity experts: no stubs
+    factors = torch.cat([factors, factors.new_zeros(beyond, factors.shape[1])])
+    expected = (told.coefficients[:, :, None] * factors[told.chosen]).sum(dim=1) * told.inputs
+    if found.shape == expected.shape:
+        scale = float((found * expected).sum() / expected.square().sum().clamp(min=1e-30))
+        if scale > 0 and torch.allclose(found, scale * expected, rtol=1e-3, atol=1e-3 * float(found.abs().max())):
+            return scale if abs(scale - 1) > 1e-4 else 1.0
+    raise CheckpointError(
+        f"{block.path}: the block must add coefficient times expert output for the routing that its layout tells. "
+        f"Got another sum instead. Correct `route` in {type(block.layout).__name__}."
+    )
 
 
 def _order(dims: LayerDims) -> Tensor:
@@ -221,51 +238,3 @@ def _same(first: _Routing, second: _Routing, order: Tensor, experts: int) -> boo
         empty = torch.zeros(len(routing.chosen), beyond, dtype=torch.float64)
         dense.append(empty.scatter_add_(1, names[routing.chosen], routing.coefficients.to(torch.float64)))
     return torch.allclose(dense[0], dense[1], rtol=1e-3, atol=1e-5)
-
-
-def check_experts(block: _Block) -> None:
-    """Hold the bank's experts against the module's own forward on a few random tokens, with the weights as they are.
-
-    Raises:
-        CheckpointError: they compute something else.
-    """
-    bank, experts = block.bank(), block.module.get_submodule(block.experts_path.removeprefix(block.path + "."))
-    rng = torch.Generator().manual_seed(0)
-    top_k, dtype = block.dims.top_k, bank.up.dtype
-    pool = torch.randperm(block.dims.experts, generator=rng)[: max(top_k, 3)]
-    chosen = torch.stack([pool[torch.randperm(len(pool), generator=rng)[:top_k]] for _ in range(4)])
-    hidden = torch.randn(4, block.dims.hidden, generator=rng).to(dtype)
-    coefficients = (0.5 + torch.rand(4, top_k, generator=rng)).to(dtype)
-    with torch.no_grad(), _of_one_dtype(experts, dtype):
-        found = block.layout.run(experts, hidden, chosen, coefficients).to(torch.float32)
-    with torch.no_grad():
-        expected = torch.stack([_summed(bank, *token) for token in zip(hidden, chosen, coefficients, strict=True)])
-    error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-    if not error < _TOLERANCE.get(dtype, 5e-2):
-        raise CheckpointError(
-            f"{block.experts_path}: experts must compute down(act(gate(x)) * up(x)) of the weights found. Got outputs "
-            f"that differ by {error:.1%} instead. This family needs an adapter plugin."
-        )
-
-
-@contextmanager
-def _of_one_dtype(experts: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters as they lie on disk may be of several dtypes (biases), in which the module would not run."""
-    others = {parameter: parameter.data for parameter in experts.parameters() if parameter.dtype != dtype}
-    for parameter, data in others.items():
-        parameter.data = data.to(dtype)
-    try:
-        yield
-    finally:
-        for parameter, data in others.items():
-            parameter.data = data
-
-
-def _summed(bank: ExpertBank, hidden: Tensor, chosen: Tensor, coefficients: Tensor) -> Tensor:
-    total = torch.zeros(bank.dims.hidden)
-    for expert, coefficient in zip(chosen.tolist(), coefficients.to(torch.float32), strict=True):
-        if bank.coefficient_on_input:
-            total += bank.output(expert, (coefficient * hidden)[None])[0]
-        else:
-            total += coefficient * bank.output(expert, hidden[None])[0]
-    return total

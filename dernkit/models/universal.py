@@ -15,9 +15,10 @@ from torch import nn
 from dernkit.api import Block, hookimpl
 from dernkit.errors import CheckpointError
 from dernkit.models.block import UniversalBlock, tensor_of
-from dernkit.models.family import Family, layer_number, layout_of
+from dernkit.models.family import Family, holder, layer_number, layout_of
 from dernkit.models.groups import group_rules
-from dernkit.models.layouts import LAYOUTS, Layout
+from dernkit.models.layout import Layout
+from dernkit.models.layouts import LAYOUTS
 from dernkit.types import LayerDims
 
 REFUSED = {
@@ -64,17 +65,19 @@ def blocks_by_layout(model: Any, layouts: Sequence[Layout]) -> list[Block]:
             f"{model.config.model_type}: all MoE layers must have one expert count and one width. "
             f"Got counts {sorted(counts)} and widths {sorted(widths)} instead."
         )
-    family = Family.of(model, layouts, list(found), counts.pop(), widths.pop())
+    family = Family.of(model, found, counts.pop(), widths.pop())
     blocks = [_block(model, path, layout, family) for path, layout in found.items()]
     _refuse_unexplained(model, blocks, family)
     return list(blocks)
 
 
 def _block(model: Any, experts_path: str, layout: Layout, family: Family) -> UniversalBlock:
-    path = experts_path.rpartition(".")[0]
+    path = family.block(experts_path)
     module, experts = model.get_submodule(path), model.get_submodule(experts_path)
     weights = layout.unpack(experts)
     own = {f"{experts_path}.{name}" for name in layout.pack(experts, weights)}
+    if layout.expert_modules is not None:
+        _check_members(model, experts_path, layout, own, family)
     followers = {
         name.removeprefix(path + "."): dims
         for name, dims in family.count.tensors.items()
@@ -97,7 +100,7 @@ def _block(model: Any, experts_path: str, layout: Layout, family: Family) -> Uni
     dims_ = LayerDims(
         layer=_layer(model, path),
         experts=family.experts,
-        top_k=_top_k(model.config, router, module),
+        top_k=layout.top_k(module) or _top_k(model.config, router, module),
         width=family.width,
         hidden=int(weights.down.shape[1]),
         **group_rules(model.config.get_text_config(), router),
@@ -105,6 +108,28 @@ def _block(model: Any, experts_path: str, layout: Layout, family: Family) -> Uni
     per_expert = {name: next(iter(dims)) for name, dims in followers.items() if name != rows[0]}
     tables = tuple(name for name, _ in _integer_tables(module))
     return UniversalBlock(dims_.layer, path, dims_, module, experts_path, layout, rows[0], per_expert, tables, family)
+
+
+def _check_members(model: Any, path: str, layout: Layout, own: set[str], family: Family) -> None:
+    """A list of experts has one module for each and nothing that the layout does not name: it would not move along."""
+    inside = holder(path, layout)
+    found = {f"{inside}.{name}" for name in model.get_submodule(inside).state_dict()}
+    if found != own:
+        raise CheckpointError(
+            f"{model.config.model_type}: experts must hold the tensors that their layout packs. Got "
+            f"'{min(found ^ own)}' in {'the model' if min(found ^ own) in found else 'the layout'} only instead. "
+            f"This family needs another layout."
+        )
+    if len(layout.members(model.get_submodule(path))) != family.experts:
+        raise CheckpointError(
+            f"{model.config.model_type}: '{inside}' must hold one module for each of the {family.experts} experts. "
+            f"Got {len(layout.members(model.get_submodule(path)))} instead. This family needs another layout."
+        )
+    if layout.router is None and family.block(path) == path:
+        raise CheckpointError(
+            f"{model.config.model_type}: a layout that claims a whole MoE block must name its router. "
+            f"Got none for '{path}' instead. Set `router` in {type(layout).__name__}."
+        )
 
 
 def _layer(model: Any, path: str) -> int:

@@ -202,7 +202,7 @@ def _layout(works: Iterable[_Work], width: int) -> tuple[dict[str, Tensor], froz
     for work in works:
         checkpoint, block = work.store.checkpoint, work.block
         resized = block.resized(_blank(block.bank(), work.plan, width))
-        touched |= {checkpoint.stored(key) for key in work.store.keys(resized)}
+        touched |= {checkpoint.stored(key) for key in work.store.keys({*resized, *block.tensors()})}
         replaced |= work.to_disk(resized)
     unknown = sorted(replaced.keys() - touched)
     if unknown:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 from torch import nn
 
@@ -27,7 +26,7 @@ from dernkit.architecture import ExpertWeights, Layout, blocks_by_layout
 
 class {name}Layout(Layout):
     """How {owner} holds its weights."""
-
+{declarations}
     def claims(self, module: nn.Module) -> bool:
         return type(module).__name__ == "{owner}"
 
@@ -40,9 +39,10 @@ class {name}Layout(Layout):
     def activation(self, module: Any, gate: Tensor | None, up: Tensor) -> Tensor:
         {activation}
 
-    def routing(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, chosen, coefficients = args  # CHECK: what {owner}.forward is called with
-        return hidden.reshape(-1, hidden.shape[-1]), chosen, coefficients
+{routing}
+
+    def top_k(self, block: Any) -> int:
+        return {top_k}  # CHECK: how many experts a token uses
 
 
 @final
@@ -61,11 +61,21 @@ def dernkit_adapters() -> list[type]:
     return [{name}Adapter]
 '''
 
+_CALLED = """    def routing(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, chosen, coefficients = args  # CHECK: what {owner}.forward is called with
+        return hidden.reshape(-1, hidden.shape[-1]), chosen, coefficients"""
+
+_ONE_BY_ONE = """    def route(self, block: Any, output: Any) -> tuple[Tensor, Tensor]:
+        coefficients, chosen = output.softmax(dim=-1).topk(self.top_k(block))  # CHECK: what {block} makes of the output
+        return chosen, coefficients"""
+
 
 def starting_adapter(finding: Finding, family: str) -> str:
     """The text of a Python module. It assumes nothing that was not found, but for what is marked with CHECK."""
     found = finding.explanation
     prefix, owner = _owner(finding.module, found)
+    access = _Access(prefix, owner)
+    routing = _ONE_BY_ONE if _calls_one_by_one(finding.module, owner, found) else _CALLED
     name = re.sub(r"\W", "", type(finding.module).__name__)
     return _TEMPLATE.format(
         family=family,
@@ -74,9 +84,12 @@ def starting_adapter(finding: Finding, family: str) -> str:
         owner=type(owner).__name__,
         block=type(finding.module).__name__,
         experts=found.experts,
-        unpack=_indented(_unpack(found, _Access(prefix, owner))),
-        pack=_indented(_pack(found, _Access(prefix, owner))),
+        declarations=_indented(_declarations(found, access, routing is _ONE_BY_ONE), 4),
+        unpack=_indented(_unpack(found, access)),
+        pack=_indented(_pack(found, access)),
         activation=_activation(found, owner),
+        routing=routing.format(owner=type(owner).__name__, block=type(finding.module).__name__),
+        top_k=_top_k(finding.module, found),
     )
 
 
@@ -90,11 +103,10 @@ class _Access:
     def local(self, name: str) -> str:
         return name.removeprefix(self.prefix)
 
-    def child(self, weight: Weight) -> str:
-        """An f-string's inside for the parameter of expert ``e``."""
+    def halves(self, weight: Weight) -> tuple[str, str]:
+        """Where the experts lie, with a dot behind it if anywhere, and the parameter's name in each of them."""
         before, after = self.local(weight.name).split("*", 1)
-        child = self.local(weight.names[0]).removeprefix(before).removesuffix(after)
-        return f"{before}{child.removesuffix('0')}{{e}}{after}"
+        return before, after.removeprefix(".")
 
     def count(self, value: int) -> str:
         """The expert count, from an attribute if one has it."""
@@ -147,10 +159,10 @@ def _unpack(found: Explanation, access: _Access) -> list[str]:
 def _whole(weight: Weight, found: Explanation, access: _Access) -> str:
     """An expression for [E, rows, columns], or [E, rows] of a bias."""
     count = access.count(found.experts)
+    code = f"module.{access.local(weight.name)}.data"
     if weight.stacked:
-        code = f'torch.stack([module.get_parameter(f"{access.child(weight)}").data for e in range({count})])'
-    else:
-        code = f"module.{access.local(weight.name)}.data"
+        name = access.halves(weight)[1]
+        code = f'torch.stack([expert.get_parameter("{name}").data for expert in self.members(module).values()])'
     if weight.each > 1:
         code += f".unflatten({weight.dim}, ({count}, -1))"
     if weight.dim:
@@ -170,10 +182,11 @@ def _pack(found: Explanation, access: _Access) -> list[str]:
                 f"# CHECK: {weight.spare} more entries at the end of {access.local(weight.name)} must be put back"
             )
         if weight.stacked:
-            entries.append(f'**{{f"{access.child(weight)}": part for e, part in enumerate({variable})}}')
+            before, name = access.halves(weight)
+            entries.append(f'**{{f"{before}{{e}}.{name}": part for e, part in zip(self.members(module), {variable})}}')
         else:
             entries.append(f'"{access.local(weight.name)}": {variable}')
-    return [*code, f"return {{{', '.join(entries)}}}"]
+    return [*code, "return {", *(f"    {entry}," for entry in entries), "}"]
 
 
 def _joined(weight: Weight, found: Explanation) -> str:
@@ -202,8 +215,35 @@ def _activation(found: Explanation, owner: nn.Module) -> str:
     names = [path for path, child in owner.named_modules() if path and _is_plain(child)]
     shape = "up" if found.order == "no gate" else "gate"
     times = "" if found.order == "no gate" else " * up"
-    function: Any = f"module.{names[0]}" if names and names[0].replace(".", "").isidentifier() else "nn.functional.silu"
+    function = f'module.get_submodule("{names[0]}")' if names else "nn.functional.silu"
     return f"return {function}({shape}){times}  # CHECK: the activation was not looked for"
+
+
+def _calls_one_by_one(block: nn.Module, owner: nn.Module, found: Explanation) -> bool:
+    """Whether the block calls experts that are modules of their own: nothing around them can be called."""
+    called = type(owner).forward is not nn.Module.forward
+    return any(weight.stacked for weight in found.weights) and (owner is block or not called)
+
+
+def _declarations(found: Explanation, access: _Access, one_by_one: bool) -> list[str]:
+    """Class attributes for experts that are modules of their own."""
+    lists = sorted({access.halves(weight)[0].removesuffix(".") for weight in found.weights if weight.stacked})
+    code = [f'expert_modules = "{lists[0]}"'] if lists else []
+    if one_by_one and found.router is not None and "." in found.router:
+        code.append(f'router = "{found.router.rpartition(".")[0]}"')
+    elif one_by_one:
+        code.append('router = ""  # CHECK: no module with the router was found; without one, write `listen`')
+    return ["", *code, ""] if code else [""]
+
+
+def _top_k(block: nn.Module, found: Explanation) -> str:
+    """An attribute with that value: of the block, its router or their config."""
+    router = found.router.rpartition(".")[0] if found.router else ""
+    for path, module in {"block": block, f"block.{router}".rstrip("."): block.get_submodule(router)}.items():
+        for name, number in vars(module).items():
+            if type(number) is int and number == found.top_k:
+                return f"{path}.{name}"
+    return str(found.top_k)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -212,5 +252,5 @@ def _is_plain(module: nn.Module) -> bool:
     return not inside and not isinstance(module, nn.Dropout | nn.Identity)
 
 
-def _indented(code: list[str]) -> str:
-    return "\n".join(f"        {line}" for line in code)
+def _indented(code: list[str], spaces: int = 8) -> str:
+    return "\n".join(f"{' ' * spaces}{line}".rstrip() for line in code)
