@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -118,10 +119,13 @@ def test_statistics_are_those_of_the_live_model(saved: Any, registry: Registry):
             torch.testing.assert_close(values[name], live[layer][name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("merge", ["spherical-kmeans", "concatenate"])
-def test_live_surgery_has_the_bits_of_the_checkpoint(saved: Any, merge: str, tmp_path: Path, registry: Registry):
-    bound = recipe(registry, assign={**DERN, "threshold": 0.1}, merge=merge)
+MERGES = {"own_dict": "concatenate", "own_called": "concatenate"}  # the shared expert is widened, too
+
+
+def test_live_surgery_has_the_bits_of_the_checkpoint(saved: Any, tmp_path: Path, registry: Registry):
     model = saved[0]
+    merge = MERGES.get(model.config.model_type, "spherical-kmeans")
+    bound = recipe(registry, assign={**DERN, "threshold": 0.1}, merge=merge)
     plans = compressed(saved[1], tmp_path / "out", bound)
     assert all(len(plan.assignment.source) for plan in plans)
     blocks = find_blocks(model, [OwnAdapter()])
@@ -164,18 +168,31 @@ def test_a_killed_run_goes_on(tmp_path: Path, registry: Registry, monkeypatch: p
         assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_prediction_layer_behind_the_last_one_keeps_up(tmp_path: Path, registry: Registry):
+    build("own_loop").save_pretrained(tmp_path / "model")
+    stored = tensors(tmp_path / "model")
+    extra = {f"stack.2.{name[8:]}": value + 1 for name, value in stored.items() if name.startswith("stack.1.")}
+    file = tmp_path / "model/model.safetensors"
+    save_file(stored | extra | {"stack.2.eh_proj.weight": torch.ones(32, 64)}, file, metadata={"format": "pt"})
+    plans = compressed(tmp_path / "model", tmp_path / "out", recipe(registry))
+    result = tensors(tmp_path / "out")
+    for place, expert in enumerate(plans[-1].kept.tolist()):
+        name = "ffn.specialists.{}.w_out.weight"
+        assert torch.equal(result[f"stack.2.{name.format(place)}"], extra[f"stack.2.{name.format(expert)}"])
+    assert sum(".w_out." in name and name.startswith("stack.2.ffn.s") for name in result) == 4
+    compressed(tmp_path / "model", tmp_path / "all", recipe(registry, keep=1.0))
+    assert (tmp_path / "all/model.safetensors").read_bytes() == file.read_bytes()
+
+
 FILLED = {
     "own_loop": {"return chosen, coefficients": "return chosen, coefficients / coefficients.sum(dim=-1, keepdim=True)"},
     "own_dict": {"softmax(dim=-1)": "sigmoid()"},
-    "own_plain": {
-        "return chosen, coefficients": "return chosen, coefficients / coefficients.sum(dim=-1, keepdim=True)",
-        "nn.functional.silu(up)": "nn.functional.gelu(up)",
-    },
     "own_called": {},
 }
 """What a person would correct in lines that ask for it, or in the one behind such a line."""
 
 
+@pytest.mark.parametrize("saved", FILLED, indirect=True)
 def test_the_adapter_that_inspect_begins_compresses(
     saved: Any, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ):
