@@ -90,7 +90,7 @@ class Coupling:
         what = f"{' and '.join(names)} ({len(self.modules)} times) follow{'s' if len(names) == 1 else ''} it"
         if self.count is None:
             return f"{self.width.value} or more; {what} and is padded with zeros"
-        return f"any; {what} ('{'.'.join(self.count.field)}' is raised where it shrinks) and is padded with zeros"
+        return f"any; {what} ('{'.'.join(self.count.field)}' is set so that it fits) and is padded with zeros"
 
 
 def couple(model: Any, width: Probe, experts: list[str]) -> Coupling:
