@@ -11,6 +11,7 @@ import torch
 
 import dernkit
 from dernkit.errors import CheckpointError
+from dernkit.gather import abilities, describe
 from dernkit.models.stack import find_blocks
 from dernkit.models.universal import Universal
 from dernkit.progress import Silent
@@ -134,6 +135,18 @@ def test_concatenate(folder: Path, tmp_path: Path, registry: Registry, family: s
     dernkit.compress(live, bound, TOKENS.split(2), registry=registry)
     assert find_blocks(live, [Universal()])[0].dims.width % 64 == 0
     _assert_same(live, load(family, tmp_path / "out"), family)
+
+
+@every_family
+def test_inspect_tells_what_can_be_done(folder: Path, family: str):
+    saved(folder, family)
+    model = source(folder)
+    facts = describe(model) | abilities(model)
+    experts = 1 if families.FAMILIES[family].top_1 else 2
+    assert (facts["experts"], facts["width"], facts["top_k"]) == (8, 24, experts)
+    assert 0 < facts["expert_bytes"] < facts["bytes"]
+    assert facts["new_width"].startswith(("any; ", "24 or more; "))
+    assert facts["can"].startswith(f"keep {facts['smallest_keep']} to 8 experts")
 
 
 @pytest.mark.parametrize("family", REFUSED)
