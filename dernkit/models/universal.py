@@ -76,7 +76,7 @@ def _block(model: Any, experts_path: str, layout: Layout, family: Family) -> Uni
     module, experts = model.get_submodule(path), model.get_submodule(experts_path)
     weights = layout.unpack(experts)
     own = {f"{experts_path}.{name}" for name in layout.pack(experts, weights)}
-    if layout.expert_modules is not None:
+    if layout.expert_modules is not None or layout.router is not None:
         _check_members(model, experts_path, layout, own, family)
     followers = {
         name.removeprefix(path + "."): dims
@@ -112,6 +112,11 @@ def _block(model: Any, experts_path: str, layout: Layout, family: Family) -> Uni
 
 def _check_members(model: Any, path: str, layout: Layout, own: set[str], family: Family) -> None:
     """A list of experts has one module for each and nothing that the layout does not name: it would not move along."""
+    if layout.expert_modules is None:
+        raise CheckpointError(
+            f"{model.config.model_type}: a layout with a router must say which modules the block calls. "
+            f"Got none for '{path}' instead. Set `expert_modules` in {type(layout).__name__}."
+        )
     inside = holder(path, layout)
     found = {f"{inside}.{name}" for name in model.get_submodule(inside).state_dict()}
     if found != own:

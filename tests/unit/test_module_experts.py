@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dernkit.api import CheckpointError
-from dernkit.architecture import Layout, ModuleExperts, blocks_by_layout
+from dernkit.architecture import ExpertWeights, Layout, ModuleExperts, blocks_by_layout
+from dernkit.models.layouts import Declared
+from dernkit.testing.checkpoints import tiny_model
 from tests.laws.module_models import Gated, LoopLayout, LoopMoE, build
 
 
@@ -37,6 +39,18 @@ class NoRouter(LoopLayout):
     router = None
 
 
+class NoList(LoopLayout):
+    """Says of the block that its experts are stacked."""
+
+    expert_modules = None
+
+    def unpack(self, module: Any) -> ExpertWeights:
+        return LoopLayout().unpack(module)
+
+    def pack(self, module: Any, weights: ExpertWeights) -> dict[str, Tensor]:
+        return LoopLayout().pack(module, weights)
+
+
 class NoTopK(LoopLayout):
     top_k = Layout.top_k
 
@@ -56,6 +70,7 @@ REFUSALS = {
     WrongOrder: "must add coefficient times expert output for the routing that its layout tells. Got another sum",
     NoRoute: "must run on hidden states alone to be understood. Got 'NoRoute has a router and no route()'",
     NoRouter: "a layout that claims a whole MoE block must name its router. Got none for 'stack.0.ffn'",
+    NoList: "the same tensors and modules must exist at every expert count and width. Got 'stack.0.ffn.specialists.10.",
     NoTopK: "the router must say how many experts a token takes. Got no top-k field instead",
     Swapped: "experts must compute down(act(gate(x)) * up(x)) of the weights found. Got outputs",
     WrongActivation: "experts must compute down(act(gate(x)) * up(x)) of the weights found. Got outputs",
@@ -65,6 +80,14 @@ REFUSALS = {
 @pytest.mark.parametrize("layout", REFUSALS)
 def test_a_wrong_layout_is_refused(layout: type[ModuleExperts]):
     _refused(build("own_loop"), layout(), REFUSALS[layout])
+
+
+class StackedWithRouter(Declared):
+    router = "gate"
+
+
+def test_a_router_without_a_list_is_refused():
+    _refused(tiny_model("mixtral"), StackedWithRouter(), "must say which modules the block calls. Got none for 'model.")
 
 
 class Normed(Gated):
@@ -118,7 +141,7 @@ def test_what_the_layout_does_not_cover_is_refused(moe: type[nn.Module]):
     _refused(build(f"own_{moe.__name__.lower()}", moe), layout, MODEL_REFUSALS[moe])
 
 
-def _refused(model: Any, layout: ModuleExperts, sentence: str) -> None:
+def _refused(model: Any, layout: Layout, sentence: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         for block in blocks_by_layout(model, [layout]):
             block.router_kind()
