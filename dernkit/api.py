@@ -227,6 +227,10 @@ class Block(Protocol):
         """Every tensor that follows the expert count, by its in-memory name in the model."""
         ...
 
+    def expert_tensors(self) -> Sequence[str]:
+        """The names among them that hold the routed experts' own weights."""
+        ...
+
     def modules(self, width: int) -> Sequence[str]:
         """Paths of the modules that surgery to experts of ``width`` neurons reads: they must be real for it."""
         ...

@@ -84,12 +84,13 @@ class UniversalBlock:
             return f"none; {error}"
 
     def tensors(self) -> dict[str, Tensor]:
-        names = [f"{self.experts_path}.{name}" for name in self.layout.pack(self.experts, self._weights())]
-        names += [f"{self.path}.{name}" for name in (self.router_name, *self.per_expert_dims, *self.tables)]
+        others = (self.router_name, *self.per_expert_dims, *self.tables)
+        names = [*self.expert_tensors(), *(f"{self.path}.{name}" for name in others)]
         return {name: tensor_of(self.module, name.removeprefix(self.path + ".")) for name in names}
 
-    def _weights(self) -> ExpertWeights:
-        return self.layout.unpack(self.experts)
+    def expert_tensors(self) -> list[str]:
+        packed = self.layout.pack(self.experts, self.layout.unpack(self.experts))
+        return [f"{self.experts_path}.{name}" for name in packed]
 
     def modules(self, width: int) -> list[str]:
         return [self.path] if width == self.dims.width else [self.path, *self.family.coupled(self.path)]

@@ -87,6 +87,9 @@ class _Ungrouped:
     def tensors(self) -> Mapping[str, Tensor]:
         return self.inner.tensors()
 
+    def expert_tensors(self) -> Sequence[str]:
+        return self.inner.expert_tensors()
+
     def modules(self, width: int) -> Sequence[str]:
         return self.inner.modules(width)
 

@@ -243,8 +243,7 @@ def expert_bytes(store: Store, blocks: Iterable[Block]) -> int:
     """Bytes on disk of everything in the checkpoint that belongs to routed experts (router rows left out)."""
     total = 0
     for block in blocks:
-        names = [name for name in block.tensors() if ".experts." in name]
-        for key in store.keys(names):
+        for key in store.keys(block.expert_tensors()):
             parts = (store.checkpoint.on_disk[part] for part in store.checkpoint.parts(key))
             total += sum(entry.end - entry.start for entry in parts)
     return total
