@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dernkit
+from dernkit.builtin.merges import SphericalKMeans
 from dernkit.errors import CheckpointError
 from dernkit.gather import abilities, describe
 from dernkit.models.stack import find_blocks
@@ -53,6 +54,14 @@ every_family = pytest.mark.parametrize(
         pytest.param(name, marks=() if name in DOZEN else pytest.mark.families)
         for name in families.FAMILIES
         if name not in REFUSED
+    ],
+)
+every_shared = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name == "cohere2_moe" else pytest.mark.families)
+        for name, family in families.FAMILIES.items()
+        if family.shared and name not in REFUSED
     ],
 )
 TOKENS = torch.randint(3, families.VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(2))
@@ -124,6 +133,26 @@ def test_width_change_alone_changes_nothing(folder: Path, tmp_path: Path, regist
         live = load(family, folder)
         apply_live(live, find_blocks(live, [Universal()]), plans, None, slice_, seed=0, width=width)
         _assert_same(live, widened, family)
+
+
+@every_shared
+def test_shared_experts_lose_nothing(folder: Path, tmp_path: Path, registry: Registry, family: str):
+    """Two shared experts become one where experts get as wide as both, and three where they get narrower."""
+    saved(folder, family, **{families.FAMILIES[family].shared: 2})
+    model, original = source(folder), load(family, folder)
+    plans = [_keep_all(block.layer, block.dims) for block in model.outline[1]]
+    slice_, hidden = recipe(registry).apply.router, torch.randn(1, 4, families.HIDDEN)
+    for width, merge in ((48, None), (16, SphericalKMeans())):
+        out = tmp_path / f"out{width}"
+        out.mkdir()
+        apply_checkpoint(model, plans, merge, slice_, seed=0, folder=out, key="test", progress=Silent(), width=width)
+        coupling, result = source(out).outline[1][0].family.coupling(), load(family, out)
+        assert coupling.width.value == width and coupling.count.value == 48 // width
+        for path in coupling.modules:
+            before, after = original.get_submodule(path)(hidden), result.get_submodule(path)(hidden)
+            torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+        if merge is None:
+            torch.testing.assert_close(logits(result, family), logits(original, family), rtol=1e-4, atol=1e-5)
 
 
 @every_family
