@@ -37,7 +37,7 @@ def _sizes(block: Block, found: Explanation) -> Iterator[str]:
     dims = block.dims
     pairs = {
         "expert count": (dims.experts, found.experts),
-        "top-k": (dims.top_k, 0 if found.tables else found.top_k),  # a random table may name an expert twice
+        "top-k": (dims.top_k, found.top_k),
         "width": (dims.width, found.width),
     }
     for what, (adapter, experiment) in pairs.items():

@@ -161,8 +161,17 @@ def _random_copy(block: nn.Module, rng: torch.Generator) -> nn.Module:
             elif tensor.is_floating_point():
                 tensor.copy_(0.1 * torch.randn(tensor.shape, generator=rng))
             else:
-                tensor.zero_()
+                tensor.copy_(_choices(tensor, module, rng))
     return module
+
+
+def _choices(table: Tensor, module: nn.Module, rng: torch.Generator) -> Tensor:
+    """Different numbers of matrices in every row, as a table that chooses experts has them; else zeros."""
+    stack = max((p for p in module.parameters() if p.ndim == 3), key=torch.numel, default=None)
+    if table.ndim != 2 or stack is None or table.shape[1] > len(stack):
+        return torch.zeros_like(table)
+    order = torch.rand(len(table), len(stack), generator=rng).argsort(dim=1)
+    return order[:, : table.shape[1]].to(table.dtype)
 
 
 def spread(shape: Sequence[int]) -> float:
