@@ -53,6 +53,8 @@ def compress(
     blocks = find_blocks(model, [component.cls() for component in registry.components("adapter")])
     blocks = regrouped(model, blocks, collapse=bound.plan.groups == "collapse")
     check_new_width(blocks, bound.apply.width)
+    for block in blocks:
+        block.router_kind()  # runs the router: one that does not do what its shapes say is refused here
     tokens = list(batches)
     if bound.requires and not tokens:
         raise RecipeError(
@@ -65,8 +67,6 @@ def compress(
         stats = calibrate_live(
             model, blocks, tokens, bound.requires, sample_size=sample, seed=bound.seed, progress=progress
         )
-    for block in blocks:
-        block.router_kind()  # runs the router: one that does not do what its shapes say is refused here
     with eager_experts(model):
         plans = plan_blocks(blocks, bound.plan, stats, _Loaded(), progress)
     apply_live(model, blocks, plans, bound.apply.merge, bound.apply.router, seed=bound.seed, width=bound.apply.width)

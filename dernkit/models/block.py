@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ class UniversalBlock:
         return {name: tensor_of(self.module, name.removeprefix(self.path + ".")) for name in names}
 
     def expert_tensors(self) -> list[str]:
-        packed = self.layout.pack(self.experts, self.layout.unpack(self.experts))
+        packed = self.layout.pack(self.experts, _without_data(self.layout.unpack(self.experts)))
         return [f"{self.experts_path}.{name}" for name in packed]
 
     def modules(self, width: int) -> list[str]:
@@ -165,6 +165,13 @@ class UniversalBlock:
                 module = self.family.model.get_submodule(path)
                 for name, growth in names.items():
                     setattr(module, name, probe.scaled(vars(module)[name], growth, value))
+
+
+def _without_data(weights: ExpertWeights) -> ExpertWeights:
+    """On the meta device: to learn the names that a layout packs under, all experts need not be copied."""
+    given = {field.name: getattr(weights, field.name) for field in fields(weights)}
+    empty: Any = {n: None if t is None else torch.empty_like(t, device="meta") for n, t in given.items()}
+    return ExpertWeights(**empty)
 
 
 def _weights_of(layer: CompressedLayer) -> ExpertWeights:

@@ -145,6 +145,11 @@ def _routing(block: _Block, module: Any) -> _Routing:
     finally:
         for handle in handles:
             handle.remove()
+    if not seen:
+        raise CheckpointError(
+            f"{block.path}: a forward of the block must show its routing. Got none where {type(block.layout).__name__} "
+            f"listens instead. This family needs an adapter plugin."
+        )
     return _Routing(*seen[0], outputs)
 
 

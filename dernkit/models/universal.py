@@ -168,7 +168,7 @@ def _integer_tables(module: nn.Module) -> list[tuple[str, Any]]:
 def _refuse_unexplained(model: Any, blocks: Sequence[UniversalBlock], family: Family) -> None:
     for block in blocks:
         for name, tensor in _integer_tables(block.module):
-            if tensor.ndim != 2 or tensor.shape[1] != block.dims.top_k or tensor.dtype.is_complex:
+            if tensor.ndim != 2 or tensor.shape[1] != block.dims.top_k:
                 raise CheckpointError(
                     f"{model.config.model_type}: a table of integers in a MoE block must name {block.dims.top_k} "
                     f"experts per token id. Got '{block.path}.{name}' of shape {list(tensor.shape)} instead. "

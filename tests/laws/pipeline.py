@@ -64,7 +64,13 @@ def run(folder: Path, out: Path, bound: Recipe, tokens: torch.Tensor) -> list[La
         progress=Silent(),
     )
     plans = plan_checkpoint(model, bound.plan, stats, Silent())
-    out.mkdir()
+    carry_out(model, plans, bound, out)
+    return plans
+
+
+def carry_out(model: SourceModel, plans: list[LayerPlan], bound: Recipe, out: Path) -> None:
+    """Apply plans that are made."""
+    out.mkdir(exist_ok=True)
     apply_checkpoint(
         model,
         plans,
@@ -77,7 +83,6 @@ def run(folder: Path, out: Path, bound: Recipe, tokens: torch.Tensor) -> list[La
         width=bound.apply.width,
         mtp=bound.apply.mtp,
     )
-    return plans
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

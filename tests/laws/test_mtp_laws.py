@@ -16,16 +16,14 @@ from transformers.modeling_layers import MtpModel
 from dernkit.errors import CheckpointError
 from dernkit.kernel.compress import compress_layer
 from dernkit.models.source import SourceModel
-from dernkit.progress import Silent
 from dernkit.recipe import Recipe
 from dernkit.registry import Registry
 from dernkit.stages import apply
-from dernkit.stages.apply import apply_checkpoint
 from dernkit.stages.journal import JOURNAL
 from dernkit.testing.checkpoints import tokens
 from dernkit.types import ExpertBank, LayerPlan
 from tests.laws.mtp_checkpoints import KINDS, LAYOUTS, add, in_place_of_last, is_routed, save
-from tests.laws.pipeline import DERN, recipe, run, source, tensors
+from tests.laws.pipeline import DERN, carry_out, recipe, run, source, tensors
 from tests.unit.workbench import edit_config
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -35,18 +33,7 @@ HALF = {**DERN, "quantile": 0.5}
 
 def again(model: SourceModel, plans: list[LayerPlan], bound: Recipe, out: Path) -> dict[str, Tensor]:
     """Apply plans that were made before."""
-    out.mkdir(exist_ok=True)
-    apply_checkpoint(
-        model,
-        plans,
-        bound.apply.merge,
-        bound.apply.router,
-        seed=bound.seed,
-        folder=out,
-        key="test",
-        progress=Silent(),
-        mtp=bound.apply.mtp,
-    )
+    carry_out(model, plans, bound, out)
     return tensors(out)
 
 

@@ -12,8 +12,9 @@ from transformers.integrations.moe import use_experts_implementation
 
 import dernkit
 from dernkit.errors import CheckpointError
+from dernkit.models.layouts import Declared
 from dernkit.models.stack import find_blocks
-from dernkit.models.universal import Universal
+from dernkit.models.universal import Universal, blocks_by_layout
 from dernkit.registry import Registry
 from tests.laws.every_model import aligned, masked
 from tests.laws.pipeline import recipe
@@ -191,3 +192,13 @@ def _refused(model: Any, sentence: str, registry: Registry) -> None:
         dernkit.compress(model, recipe(registry), TOKENS.split(2), registry=registry)
     assert model.config.num_local_experts == 8
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_block_whose_routing_is_not_seen_is_refused(registry: Registry):
+    class Deaf(Declared):
+        def listen(self, block: nn.Module, module: nn.Module, callback: Any) -> Any:
+            return nn.Identity().register_forward_pre_hook(lambda *_: None)
+
+    block = blocks_by_layout(odd(UpBeforeGate), [Deaf()])[0]
+    with pytest.raises(CheckpointError, match=r"must show its routing\. Got none where Deaf listens"):
+        block.router_kind()
