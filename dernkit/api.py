@@ -8,7 +8,7 @@ reads; calibration collects the union of what a recipe's components need, and no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -28,6 +28,9 @@ from dernkit.types import (
     LayerPlan,
     LayerStats,
     Pool,
+    Retention,
+    Route,
+    Routing,
 )
 
 __all__ = [
@@ -49,13 +52,17 @@ __all__ = [
     "LayerStats",
     "Match",
     "Merge",
+    "Pairwise",
     "PluginError",
     "Pool",
     "RecipeError",
     "Report",
+    "Retention",
     "Router",
+    "Routing",
     "STATISTICS",
     "Scorer",
+    "Selector",
     "Similarity",
     "Source",
     "Subject",
@@ -94,10 +101,24 @@ class Budget(Protocol):
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
 
-    def allocate(
-        self, scores: Sequence[Float[Tensor, " experts"]], keep: int | float, limits: Sequence[KeepLimits]
-    ) -> list[int]:
-        """Kept count per layer. ``keep``: a float in (0, 1] is a fraction, an integer a count."""
+    def measure(self, bank: ExpertBank, scores: Float[Tensor, " experts"], stats: LayerStats) -> Tensor:
+        """What `allocate` needs to know of one layer, a finite tensor of any shape; its weights are gone afterwards."""
+        ...
+
+    def allocate(self, measures: Sequence[Tensor], keep: int | float, limits: Sequence[KeepLimits]) -> list[int]:
+        """Kept count per layer. ``keep``: a float in (0, 1] is a fraction, an integer a count (of each layer)."""
+        ...
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """Which experts of one layer stay, once it is known how many, and which belong together."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]]
+
+    def select(self, bank: ExpertBank, scores: Float[Tensor, " experts"], count: int, stats: LayerStats) -> Retention:
+        """``count`` experts, as many from each of the router's groups, with the ``scores`` it was given."""
         ...
 
 
@@ -108,7 +129,7 @@ class Assigner(Protocol):
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
 
-    def assign(self, bank: ExpertBank, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Assignment: ...
+    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +151,18 @@ class Similarity(Protocol):
 
 
 @runtime_checkable
+class Pairwise(Protocol):
+    """A similarity that can also say how well every neuron of one expert fits to every neuron of another one.
+
+    Not a kind of its own: a similarity class that has `pairs` as well can be the base of ``hungarian``.
+    """
+
+    def pairs(self, bank: ExpertBank, dropped: int, other: int, stats: LayerStats) -> Float[Tensor, "width width"]:
+        """Affinity of neuron i of expert ``dropped`` (row) and neuron j of expert ``other`` (column), float32."""
+        ...
+
+
+@runtime_checkable
 class Merge(Protocol):
     """How a kept expert's own segments and the arrivals become one expert.
 
@@ -138,6 +171,7 @@ class Merge(Protocol):
     """
 
     name: ClassVar[str]
+    requires: ClassVar[frozenset[str]]
     widens: ClassVar[bool]
 
     def merge(self, pool: Pool, width: int, rng: torch.Generator) -> Float[Tensor, "merged parts features"]:
@@ -150,11 +184,16 @@ class Router(Protocol):
     """How the kept experts' router rows follow from the moves."""
 
     name: ClassVar[str]
+    requires: ClassVar[frozenset[str]]
 
     def update(
-        self, rows: Float[Tensor, "experts router_hidden"], plan: LayerPlan
-    ) -> Float[Tensor, "kept router_hidden"]:
-        """New rows. A row that the method does not change must keep its bits (float32 in, float32 out)."""
+        self, rows: Float[Tensor, "experts row"], plan: LayerPlan, stats: LayerStats
+    ) -> Float[Tensor, "kept row"]:
+        """New rows. A row that the method does not change must keep its bits (float32 in, float32 out).
+
+        Where the family adds a bias to the logits, it is the last feature of each row. Correction biases, which take
+        part in the choice alone, are not in the rows: they are sliced.
+        """
         ...
 
 
@@ -215,6 +254,10 @@ class Block(Protocol):
         """The experts and all that follows their count, as canonical tensors."""
         ...
 
+    def route(self, ones: Mapping[str, Collection[str]] = ...) -> Route:
+        """`ExpertBank.route`, with attributes (by the path of their module below the block) that are to be 1."""
+        ...
+
     def router_kind(self) -> str:
         """What the router does with its logits, in words."""
         ...
@@ -248,6 +291,10 @@ class Block(Protocol):
 
     def replace(self, compressed: CompressedLayer) -> None:
         """Surgery: put the resized tensors, and the sizes that modules remember, into the live module."""
+        ...
+
+    def on_router_inputs(self, callback: Callable[[Tensor], None]) -> Any:
+        """Call ``callback(inputs [n, ·])``, before that of `on_routing`, with what `ExpertBank.route` takes."""
         ...
 
     def on_routing(self, callback: Callable[[Tensor, Tensor, Tensor], None]) -> Any:

@@ -56,6 +56,7 @@ KINDS = {
     for kind in (
         Kind("scorer", "dernkit_scorers", api.Scorer),
         Kind("budget", "dernkit_budgets", api.Budget),
+        Kind("selector", "dernkit_selectors", api.Selector),
         Kind("assigner", "dernkit_assigners", api.Assigner),
         Kind("similarity", "dernkit_similarities", api.Similarity),
         Kind("merge", "dernkit_merges", api.Merge),

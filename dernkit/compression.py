@@ -69,7 +69,8 @@ def compress(
         )
     with eager_experts(model):
         plans = plan_blocks(blocks, bound.plan, stats, _Loaded(), progress)
-    apply_live(model, blocks, plans, bound.apply.merge, bound.apply.router, seed=bound.seed, width=bound.apply.width)
+    how = bound.apply
+    apply_live(model, blocks, plans, how.merge, how.router, seed=bound.seed, width=how.width, stats=stats)
     return plans
 
 

@@ -19,12 +19,17 @@ def dernkit_scorers() -> list[type]:  # type: ignore[empty-body]
 
 @hookspec
 def dernkit_budgets() -> list[type]:  # type: ignore[empty-body]
-    """Budgets: classes with ``name``, ``requires`` and ``allocate(scores, keep, limits)``: experts kept per layer."""
+    """Budgets: ``name``, ``requires``, ``measure(bank, scores, stats)`` and ``allocate(measures, keep, limits)``."""
+
+
+@hookspec
+def dernkit_selectors() -> list[type]:  # type: ignore[empty-body]
+    """Selectors: classes with ``name``, ``requires`` and ``select(bank, scores, count, stats)``: which experts stay."""
 
 
 @hookspec
 def dernkit_assigners() -> list[type]:  # type: ignore[empty-body]
-    """Assigners: classes with ``name``, ``requires`` and ``assign(bank, kept, stats)``: which segments go where."""
+    """Assigners: classes with ``name``, ``requires`` and ``assign(bank, retention, stats)``: what goes where."""
 
 
 @hookspec
@@ -34,12 +39,12 @@ def dernkit_similarities() -> list[type]:  # type: ignore[empty-body]
 
 @hookspec
 def dernkit_merges() -> list[type]:  # type: ignore[empty-body]
-    """Merges: classes with ``name``, ``widens`` and ``merge(pool, width, rng)``: one expert of all that arrived."""
+    """Merges: classes with ``name``, ``requires``, ``widens`` and ``merge(pool, width, rng)``: how arrivals merge."""
 
 
 @hookspec
 def dernkit_routers() -> list[type]:  # type: ignore[empty-body]
-    """Routers: classes with ``name`` and ``update(rows, plan)``: the kept experts' router rows after the moves."""
+    """Routers: classes with ``name``, ``requires`` and ``update(rows, plan, stats)``: the kept experts' router rows."""
 
 
 @hookspec

@@ -18,11 +18,12 @@ from dernkit.sentences import expected
 from dernkit.shapes import Choice, Number, plain
 
 if TYPE_CHECKING:
-    from dernkit.api import Assigner, Budget, Evaluator, Merge, Report, Router, Scorer, Source
+    from dernkit.api import Assigner, Budget, Evaluator, Merge, Report, Router, Scorer, Selector, Source
     from dernkit.registry import Registry
 
 VERSION = 1
-DEFAULT_BUDGET, DEFAULT_ROUTER, DEFAULT_REPORT = "uniform", "slice", "markdown"
+DEFAULT_BUDGET, DEFAULT_SELECTOR = "uniform", "top-score"
+DEFAULT_ROUTER, DEFAULT_REPORT = "slice", "markdown"
 SEED = Number(integer=True, low=0, high=2**63 - 1)
 SEQUENCES = Number(integer=True, low=1, high=1_000_000)
 LENGTH = Number(integer=True, low=2, high=1_048_576)
@@ -35,7 +36,7 @@ MTP, DEFAULT_MTP = Choice(("compress", "drop")), "compress"
 
 TOP = ("dernkit", "seed", "calibrate", "plan", "apply", "evaluate", "report")
 CALIBRATE = ("source", "sequences", "length", "batch_size", "sample")
-PLAN = ("keep", "score", "budget", "assign", "groups")
+PLAN = ("keep", "score", "budget", "select", "assign", "groups")
 APPLY = ("merge", "router", "width", "mtp")
 
 
@@ -74,6 +75,7 @@ class PlanSpec:
     keep: int | float
     scorer: Scorer
     budget: Budget
+    selector: Selector
     assigner: Assigner | None
     groups: str = DEFAULT_GROUPS
     """A router's groups: ``respect`` (as many experts of each) or ``collapse`` (they become one)."""
@@ -110,6 +112,7 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """The same recipe as plain data with every default written out; binding it gives an equal recipe."""
         plan = {"keep": self.plan.keep, "score": plain(self.plan.scorer), "budget": plain(self.plan.budget)}
+        plan["select"] = plain(self.plan.selector)
         if self.plan.assigner is not None:
             plan["assign"] = plain(self.plan.assigner)
         plan["groups"] = self.plan.groups
@@ -180,12 +183,13 @@ def _plan(binder: Binder) -> PlanSpec:
     if not binder.section(here, PLAN):
         if binder.value(here) is None:
             binder.missing(here)
-        return PlanSpec(1, None, None, None)  # type: ignore[arg-type]
+        return PlanSpec(1, None, None, None, None)  # type: ignore[arg-type]
     assigned = binder.value((*here, "assign")) is not None
     return PlanSpec(
         keep=binder.entry((*here, "keep"), Keep()),
         scorer=binder.component((*here, "score"), "scorer"),
         budget=binder.component((*here, "budget"), "budget", DEFAULT_BUDGET),
+        selector=binder.component((*here, "select"), "selector", DEFAULT_SELECTOR),
         assigner=binder.component((*here, "assign"), "assigner") if assigned else None,
         groups=binder.entry((*here, "groups"), GROUPS, DEFAULT_GROUPS),
     )

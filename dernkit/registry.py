@@ -20,6 +20,7 @@ GROUP = "dernkit"
 BUILTINS = (
     "dernkit.builtin.scorers",
     "dernkit.builtin.budgets",
+    "dernkit.builtin.selectors",
     "dernkit.builtin.assigners",
     "dernkit.builtin.similarities",
     "dernkit.builtin.merges",

@@ -99,7 +99,7 @@ class Run:
             self._write_lock(fingerprint)
             stats = self._calibrate(source, fingerprint)
             self._plan(source, stats, fingerprint)
-            self._apply(source, fingerprint)
+            self._apply(source, stats, fingerprint)
             self._evaluate(fingerprint)
             report = self._report(source)
             self._place.tidy()
@@ -139,7 +139,7 @@ class Run:
         """Registered components of everything that the recipe uses, nested ones included, by kind and name."""
         recipe = self.recipe
         parts: list[tuple[str, Any]] = [("scorer", recipe.plan.scorer), ("budget", recipe.plan.budget)]
-        parts.append(("assigner", recipe.plan.assigner))
+        parts += [("selector", recipe.plan.selector), ("assigner", recipe.plan.assigner)]
         parts += [("merge", recipe.apply.merge), ("router", recipe.apply.router), ("report", recipe.report)]
         parts += [("evaluator", evaluator) for evaluator in recipe.evaluators]
         parts += [("source", recipe.calibrate.source)] if recipe.calibrate else []
@@ -200,7 +200,7 @@ class Run:
             self.recipe.resolved()["plan"],
             made_from,
             fingerprint,
-            self._versions("scorer", "budget", "assigner", "similarity", "adapter"),
+            self._versions("scorer", "budget", "selector", "assigner", "similarity", "adapter"),
         )
 
         def work() -> None:
@@ -222,6 +222,11 @@ class Run:
         keys = {json_key(self.out / PLAN), safetensors_key(self.out / MOVES)}
         self._place.stage("plan", keys == {key}, work)
 
+    @property
+    def _applies_statistics(self) -> bool:
+        how = self.recipe.apply
+        return bool(how.router.requires or (how.merge is not None and how.merge.requires))
+
     def _apply_key(self, fingerprint: str) -> str:
         return digest(
             self.recipe.resolved()["apply"],
@@ -229,11 +234,12 @@ class Run:
             file_digest(self.out / MOVES),
             self.recipe.seed,
             fingerprint,
+            file_digest(self.out / STATS) if self._applies_statistics else "",
             [(file.name, file_digest(file)) for file in other_files(self.path)],
             self._versions("merge", "router", "adapter"),
         )
 
-    def _apply(self, source: SourceModel, fingerprint: str) -> None:
+    def _apply(self, source: SourceModel, stats: dict[int, LayerStats], fingerprint: str) -> None:
         key = self._apply_key(fingerprint)
 
         def work() -> None:
@@ -252,6 +258,7 @@ class Run:
                 progress=self.progress,
                 width=self.recipe.apply.width,
                 mtp=self.recipe.apply.mtp,
+                stats=stats,
             )
             quantisation = str(source.scheme) if source.scheme else None
             mtp = bool(source.mtp.tensors)

@@ -10,7 +10,7 @@ from dernkit.options import Option
 from dernkit.registry import Registry
 from dernkit.shapes import Shape, plain
 
-USED = ("scorer", "budget", "assigner", "similarity", "merge", "router", "source", "evaluator", "report")
+USED = ("scorer", "budget", "selector", "assigner", "similarity", "merge", "router", "source", "evaluator", "report")
 """Kinds that a recipe can name."""
 
 
@@ -31,6 +31,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             "keep": recipe.Keep().schema(),
             "score": _component("scorer"),
             "budget": _optional(_component("budget"), {"use": recipe.DEFAULT_BUDGET}),
+            "select": _optional(_component("selector"), {"use": recipe.DEFAULT_SELECTOR}),
             "assign": _optional(_component("assigner")),
             "groups": _default(recipe.GROUPS, recipe.DEFAULT_GROUPS),
         },

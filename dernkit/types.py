@@ -53,6 +53,21 @@ class LayerDims:
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """What a router does with n tokens; experts by their index in the source layer (E and above: identity experts)."""
+
+    chosen: Int64[Tensor, "sampled top_k"]
+    coefficients: Float[Tensor, "sampled top_k"]
+    """float32: what the model multiplies the expert's output (or input) with. Unused choices have 0."""
+    logits: Float[Tensor, "sampled experts"]
+    """float32, before any softmax or sigmoid, a bias of the router's own included; −∞ for masked experts."""
+
+
+Route = Callable[[Tensor, "Tensor | None"], Routing]
+"""``route(router inputs [n, ·], experts [K] or None)``: the model's own router, all other experts' logits masked."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """The weights of one layer's routed experts as canonical tensors."""
 
@@ -85,6 +100,10 @@ class ExpertBank:
     """Whether the model computes ``E_e(c x)`` (Llama-4) instead of ``c E_e(x)``."""
     tables: Mapping[str, Int64[Tensor, "tokens top_k"]] = field(default_factory=dict)
     """Tables of expert numbers (DeepSeek-V4's hash routing), by in-memory name: rewritten when experts go."""
+    router_bias: str | None = None
+    """Name in ``per_expert`` of a bias [E] that is added to the logits, not in the choice alone."""
+    route: Route | None = None
+    """Routes sampled inputs (``stats.router_inputs``) among some of the experts."""
 
     @property
     def has_bias(self) -> bool:
@@ -134,9 +153,13 @@ STATISTICS: Mapping[str, str] = {
     "output_sq_sum": "[E] sum of ||E_e(x)||_2^2 over routed tokens",
     "reap_sum": "[E] sum of the norm of what the expert adds, coefficient * ||E_e(x)||_2, over routed tokens",
     "output_sum": "[E, H] sum of E_e(x) over routed tokens",
-    "sample": "[n, H] seeded reservoir of the layer's inputs, with its keys in `sample_key` [n]",
+    "sample": "[n, H] seeded reservoir of the experts' inputs, with its keys in `sample_key` [n]; `router_inputs` are "
+    "the same tokens as the router sees them",
 }
 """Statistics that a component may name in ``requires``; `tokens` is always there. Sums are float64."""
+
+SAMPLED = frozenset({"sample", "sample_key", "router_sample"})
+"""What a reservoir holds; ``router_sample`` is there only where the router sees something else than the experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,21 +185,45 @@ class LayerStats:
             )
         return self.values[name]
 
+    @property
+    def router_inputs(self) -> Float[Tensor, "sampled router_hidden"]:
+        """The sampled tokens as the router sees them: the rows of `sample` for nearly all families."""
+        return self.values.get("router_sample", self["sample"])
+
     def only(self, names: frozenset[str]) -> LayerStats:
         """The same statistics restricted to ``names``: what a component that declares them may see."""
-        allowed = names | ({"sample_key"} if "sample" in names else frozenset())
+        allowed = names | ({"sample_key", "router_sample"} if "sample" in names else frozenset())
         kept = {name: value for name, value in self.values.items() if name in allowed}
         return LayerStats(self.tokens, kept, self.sample_size)
 
     def __add__(self, other: LayerStats) -> LayerStats:
         """Statistics of both token sets together; the reservoirs are joined by their keys."""
-        both = {name: self[name] + other[name] for name in self.values if not name.startswith("sample")}
-        if "sample" in self.values:
-            keys = torch.cat([self["sample_key"], other["sample_key"]])
-            rows = torch.cat([self["sample"], other["sample"]])
-            order = torch.argsort(keys, stable=True)[: self.sample_size]
-            both |= {"sample": rows[order], "sample_key": keys[order]}
+        sampled = [name for name in self.values if name in SAMPLED]
+        both = {name: self[name] + other[name] for name in self.values if name not in SAMPLED}
+        if sampled:
+            order = torch.argsort(torch.cat([self["sample_key"], other["sample_key"]]), stable=True)
+            kept = order[: self.sample_size]
+            both |= {name: torch.cat([self[name], other[name]])[kept] for name in sampled}
         return LayerStats(self.tokens + other.tokens, both, self.sample_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which experts of one layer stay, and with which of them the others belong together."""
+
+    scores: Float[Tensor, " experts"]
+    """float64; higher stays."""
+    kept: Int64[Tensor, " kept"]
+    """Source indices of the kept experts, ascending."""
+    group: Int64[Tensor, " experts"] | None = None
+    """Position among the kept of the expert that each expert is grouped with, its own for a kept one; −1: with none.
+    None where the selector does not group."""
+
+    @property
+    def dropped(self) -> list[int]:
+        """Source indices of the dropped experts, ascending."""
+        kept = set(self.kept.tolist())
+        return [expert for expert in range(len(self.scores)) if expert not in kept]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +287,13 @@ class Pool:
     """Score of the expert that each segment comes from, at least 0."""
     partner: Int64[Tensor, " moves"]
     affinity: Float[Tensor, " moves"]
+    expert: int
+    """Source index of the kept expert."""
+    incoming_expert: Int64[Tensor, " moves"]
+    """Source index of the expert that each segment comes from."""
+    act: Activation
+    stats: LayerStats
+    """Those that the merge ``requires``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,16 @@ from annotated_types import Interval
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dernkit.api import Assignment, ContractError, ExpertBank, LayerStats, Match, Similarity, hookimpl
+from dernkit.api import (
+    Assignment,
+    ContractError,
+    ExpertBank,
+    LayerStats,
+    Match,
+    Retention,
+    Similarity,
+    hookimpl,
+)
 from dernkit.builtin.similarities import Cosine
 
 DEFAULT_THRESHOLD = 0.6
@@ -27,7 +36,7 @@ class NoMoves:
     name: ClassVar[str] = "none"
     requires: ClassVar[frozenset[str]] = frozenset()
 
-    def assign(self, bank: ExpertBank, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Assignment:
+    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
         return Assignment.empty()
 
 
@@ -60,8 +69,8 @@ class Affinity:
         """What the nested similarity reads."""
         return self.similarity.requires
 
-    def assign(self, bank: ExpertBank, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Assignment:
-        dropped = sorted(set(range(bank.dims.experts)) - set(kept.tolist()))
+    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
+        kept, dropped = retention.kept, retention.dropped
         if not dropped:
             return Assignment.empty()
         width = bank.dims.width

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dernkit.api import KeepLimits, hookimpl
+from dernkit.api import ExpertBank, KeepLimits, LayerStats, hookimpl
 from dernkit.kernel.selection import kept_count
 
 
@@ -21,9 +22,10 @@ class Uniform:
     name: ClassVar[str] = "uniform"
     requires: ClassVar[frozenset[str]] = frozenset()
 
-    def allocate(
-        self, scores: Sequence[Float[Tensor, " experts"]], keep: int | float, limits: Sequence[KeepLimits]
-    ) -> list[int]:
+    def measure(self, bank: ExpertBank, scores: Float[Tensor, " experts"], stats: LayerStats) -> Tensor:
+        return torch.empty(0)
+
+    def allocate(self, measures: Sequence[Tensor], keep: int | float, limits: Sequence[KeepLimits]) -> list[int]:
         return [kept_count(keep, limit) for limit in limits]
 
 

@@ -23,6 +23,7 @@ class SphericalKMeans:
     """Cluster the pool down to the width by cosine; the centroids are the neurons. DERN (arXiv 2509.10377) step 3."""
 
     name: ClassVar[str] = "spherical-kmeans"
+    requires: ClassVar[frozenset[str]] = frozenset()
     widens: ClassVar[bool] = False
 
     init: Literal["gate-norm", "own", "random"] = "gate-norm"
@@ -74,6 +75,7 @@ class WeightedAverage:
     """Each arrival is averaged into the own neuron that it matched best; the other neurons keep their bits."""
 
     name: ClassVar[str] = "weighted-average"
+    requires: ClassVar[frozenset[str]] = frozenset()
     widens: ClassVar[bool] = False
 
     weights: Weights = "score"
@@ -103,6 +105,7 @@ class Concatenate:
     """Arrivals stand beside the own neurons: nothing is averaged, the expert grows wider."""
 
     name: ClassVar[str] = "concatenate"
+    requires: ClassVar[frozenset[str]] = frozenset()
     widens: ClassVar[bool] = True
 
     def merge(self, pool: Pool, width: int, rng: torch.Generator) -> Float32[Tensor, "merged parts features"]:

@@ -13,7 +13,9 @@ from dernkit.errors import CheckpointError, ContractError, RecipeError
 from dernkit.kernel.seeding import generator
 from dernkit.kernel.segments import ExpertTensors, finite_segments, split
 from dernkit.kernel.tables import remap
-from dernkit.types import CompressedLayer, ExpertBank, LayerPlan, Pool
+from dernkit.types import CompressedLayer, ExpertBank, LayerPlan, LayerStats, Pool
+
+NO_STATISTICS = LayerStats(tokens=0)
 
 
 def target_width(
@@ -52,7 +54,13 @@ def check_width(asked: int, width: int, dtype: torch.dtype) -> None:
 
 
 def compress_layer(
-    bank: ExpertBank, plan: LayerPlan, merge: Merge | None, router: Router, width: int, rng_seed: int
+    bank: ExpertBank,
+    plan: LayerPlan,
+    merge: Merge | None,
+    router: Router,
+    width: int,
+    rng_seed: int,
+    stats: LayerStats = NO_STATISTICS,
 ) -> CompressedLayer:
     """Carry out ``plan`` on ``bank``: K experts of ``width`` neurons, in the checkpoint's dtype.
 
@@ -61,6 +69,7 @@ def compress_layer(
     """
     _check_plan(bank, plan)
     kept = plan.kept.to(bank.up.device)
+    rows, biases = _router_rows(bank, plan, router, stats.only(router.requires))
     out = CompressedLayer(
         layer=plan.layer,
         gate=None if bank.gate is None else _blank(bank.gate, len(kept), width, dim=1),
@@ -69,8 +78,9 @@ def compress_layer(
         gate_bias=None if bank.gate_bias is None else _blank(bank.gate_bias, len(kept), width, dim=1),
         up_bias=None if bank.up_bias is None else _blank(bank.up_bias, len(kept), width, dim=1),
         down_bias=None if bank.down_bias is None else bank.down_bias[kept],
-        router=_router_rows(bank, plan, router),
+        router=rows,
         per_expert={name: _slice(name, tensor, bank, kept) for name, tensor in bank.per_expert.items()}
+        | biases
         | {name: remap(table, plan) for name, table in bank.tables.items()},
     )
     for position, expert in enumerate(plan.kept.tolist()):
@@ -80,7 +90,8 @@ def compress_layer(
         else:
             rng = generator(rng_seed, plan.layer, expert)
             where = f"layer {plan.layer}, expert {expert}"
-            tensors = split(_merge(_pool(bank, plan, expert, arrivals), merge, width, rng, where), bank)
+            pool = _pool(bank, plan, expert, arrivals, stats.only(merge.requires) if merge else NO_STATISTICS)
+            tensors = split(_merge(pool, merge, width, rng, where), bank)
         _put(tensors, out, position)
     return out
 
@@ -123,7 +134,7 @@ def _put(expert: ExpertTensors, out: CompressedLayer, position: int) -> None:
     out.down[position, :, :neurons] = expert.down
 
 
-def _pool(bank: ExpertBank, plan: LayerPlan, expert: int, arrivals: Int64[Tensor, " moves"]) -> Pool:
+def _pool(bank: ExpertBank, plan: LayerPlan, expert: int, arrivals: Int64[Tensor, " moves"], stats: LayerStats) -> Pool:
     """Segments weigh the score of the expert they come from; all the same if all those scores are 0 or less."""
     own = finite_segments(bank, expert)
     source = plan.assignment.source[arrivals]
@@ -141,6 +152,10 @@ def _pool(bank: ExpertBank, plan: LayerPlan, expert: int, arrivals: Int64[Tensor
         incoming_weight=weights[owner],
         partner=plan.assignment.partner[arrivals].to(own.device),
         affinity=plan.assignment.affinity[arrivals].to(own.device),
+        expert=expert,
+        incoming_expert=owner,
+        act=bank.act,
+        stats=stats,
     )
 
 
@@ -172,16 +187,30 @@ def _merge(
     return merged.to(torch.float32)
 
 
-def _router_rows(bank: ExpertBank, plan: LayerPlan, router: Router) -> Float[Tensor, "kept router_hidden"]:
-    """New rows in the checkpoint's dtype; a row that has the same float32 values keeps its bits."""
-    rows = router.update(bank.router.to(torch.float32, copy=True), plan)
-    old = bank.router[plan.kept.to(bank.router.device)]
-    if rows.shape != old.shape or not bool(rows.isfinite().all()):
-        content = "other values" if rows.shape != old.shape else "NaN or infinity"
+def _router_rows(
+    bank: ExpertBank, plan: LayerPlan, router: Router, stats: LayerStats
+) -> tuple[Float[Tensor, "kept router_hidden"], dict[str, Tensor]]:
+    """New rows, and the logits' bias by its name, in the checkpoint's dtype.
+
+    What has the same float32 values keeps its bits.
+    """
+    bias = None if bank.router_bias is None else bank.per_expert[bank.router_bias]
+    before = bank.router if bias is None else torch.cat([bank.router, bias[:, None].to(bank.router)], dim=1)
+    rows = router.update(before.to(torch.float32, copy=True), plan, stats)
+    kept = plan.kept.to(bank.router.device)
+    if rows.shape != before[kept].shape or not bool(rows.isfinite().all()):
+        content = "other values" if rows.shape != before[kept].shape else "NaN or infinity"
         raise ContractError(
             f"router '{router.name}', layer {plan.layer}: update must return finite rows of shape "
-            f"{list(old.shape)}. Got {content} of shape {list(rows.shape)} instead. Fix the router."
+            f"{list(before[kept].shape)}. Got {content} of shape {list(rows.shape)} instead. Fix the router."
         )
+    new = _unless_same(rows[:, : bank.router.shape[1]], bank.router[kept])
+    if bias is None:
+        return new, {}
+    return new, {str(bank.router_bias): _unless_same(rows[:, -1:], bias[kept, None])[:, 0]}
+
+
+def _unless_same(rows: Tensor, old: Tensor) -> Tensor:
     unchanged = (rows == old.to(torch.float32)).all(1, keepdim=True)
     return torch.where(unchanged, old, rows.to(old.dtype))
 

@@ -6,18 +6,22 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from dernkit.api import Assigner, Scorer
+from dernkit.api import Assigner, Budget, Scorer, Selector
 from dernkit.errors import ContractError
-from dernkit.kernel.selection import select
-from dernkit.types import Assignment, ExpertBank, LayerPlan, LayerStats
+from dernkit.types import Assignment, ExpertBank, LayerDims, LayerPlan, LayerStats, Retention
 
 
 def plan_layer(
-    bank: ExpertBank, stats: LayerStats, scorer: Scorer, kept_count: int, assigner: Assigner | None
+    bank: ExpertBank,
+    stats: LayerStats,
+    scorer: Scorer,
+    kept_count: int,
+    selector: Selector,
+    assigner: Assigner | None,
 ) -> LayerPlan:
-    """Score the experts, keep the best ``kept_count``, assign the other experts' segments (None: discard them)."""
+    """Score the experts, keep ``kept_count``, assign the other experts' segments (None: discard them)."""
     scores = score_layer(bank, stats, scorer)
-    return plan_from_scores(bank, stats, scores, kept_count, assigner)
+    return plan_from_scores(bank, stats, scores, kept_count, selector, assigner)
 
 
 def score_layer(bank: ExpertBank, stats: LayerStats, scorer: Scorer) -> Float64[Tensor, " experts"]:
@@ -43,21 +47,71 @@ def score_layer(bank: ExpertBank, stats: LayerStats, scorer: Scorer) -> Float64[
     return scores.cpu()
 
 
+def measure_layer(bank: ExpertBank, stats: LayerStats, scores: Float64[Tensor, " experts"], budget: Budget) -> Tensor:
+    """What a budget wants to know of this layer, on the CPU.
+
+    Raises:
+        ContractError: it is not a finite tensor.
+    """
+    measured = budget.measure(bank, scores, stats.only(budget.requires))
+    if not bool(measured.isfinite().all()):
+        raise ContractError(
+            f"budget '{budget.name}', layer {bank.dims.layer}: measure must return a finite tensor. "
+            f"Got NaN or infinity instead. Fix the budget."
+        )
+    return measured.cpu()
+
+
 def plan_from_scores(
     bank: ExpertBank,
     stats: LayerStats,
     scores: Float64[Tensor, " experts"],
     kept_count: int,
+    selector: Selector,
     assigner: Assigner | None,
 ) -> LayerPlan:
     """As :func:`plan_layer`, for scores that are known (a budget needs those of all layers first)."""
     dims = bank.dims
-    kept = select(scores, kept_count, dims.groups)
+    if kept_count == dims.experts:
+        return LayerPlan(dims.layer, dims.experts, dims.width, scores, torch.arange(dims.experts), Assignment.empty())
+    retention = selector.select(bank, scores, kept_count, stats.only(selector.requires))
+    _check_retention(retention, bank.dims, scores, kept_count, f"selector '{selector.name}', layer {dims.layer}")
     assignment = Assignment.empty()
-    if assigner is not None and kept_count < dims.experts:
-        assignment = assigner.assign(bank, kept, stats.only(assigner.requires))
-        _check_assignment(assignment, bank, kept, f"assigner '{assigner.name}', layer {dims.layer}")
-    return LayerPlan(dims.layer, dims.experts, dims.width, scores, kept, assignment)
+    if assigner is not None:
+        assignment = assigner.assign(bank, retention, stats.only(assigner.requires))
+        _check_assignment(assignment, bank, retention.kept, f"assigner '{assigner.name}', layer {dims.layer}")
+    return LayerPlan(dims.layer, dims.experts, dims.width, scores, retention.kept, assignment)
+
+
+def _check_retention(found: Retention, dims: LayerDims, scores: Tensor, count: int, where: str) -> None:
+    kept, size = found.kept, dims.experts // dims.groups
+    proper = kept.dtype == torch.int64 and kept.shape == (count,) and kept.device.type == "cpu"
+    per_group = torch.bincount(kept // size, minlength=dims.groups) if proper and bool((kept >= 0).all()) else None
+    if (
+        per_group is None
+        or not bool((kept[1:] > kept[:-1]).all() and kept[-1] < dims.experts)
+        or bool((per_group != count // dims.groups).any())
+    ):
+        groups = f", {count // dims.groups} of each group of {size}" if dims.groups > 1 else ""
+        raise ContractError(
+            f"{where}: kept must be {count} different experts from 0 to {dims.experts - 1}, int64, ascending{groups}. "
+            f"Got {kept.tolist()} instead. Fix the selector."
+        )
+    if not torch.equal(found.scores, scores):
+        raise ContractError(
+            f"{where}: must hand on the scores that it was given. Got others instead. Fix the selector."
+        )
+    group, own = found.group, torch.arange(count)
+    if group is not None and (
+        group.shape != (dims.experts,)
+        or group.dtype != torch.int64
+        or not torch.equal(group[kept], own)
+        or bool(((group < -1) | (group >= count)).any())
+    ):
+        raise ContractError(
+            f"{where}: group must be an int64 [{dims.experts}] of positions among the {count} kept experts (-1: none), "
+            f"each kept one's own. Got {group.tolist()} instead. Fix the selector."
+        )
 
 
 def _check_assignment(moves: Assignment, bank: ExpertBank, kept: Int64[Tensor, " kept"], where: str) -> None:

@@ -37,7 +37,12 @@ class Accumulator:
             shapes["output_sum"] = (dims.experts, dims.hidden)
         self._sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in sorted(shapes.items())}
         self._tokens = 0
-        self._reservoir: tuple[Tensor, Tensor] | None = None
+        self._reservoir: dict[str, Tensor] = {}
+
+    @property
+    def samples(self) -> bool:
+        """Whether a reservoir is drawn."""
+        return self._sample_size > 0
 
     def update(
         self,
@@ -45,8 +50,11 @@ class Accumulator:
         inputs: Float[Tensor, "n hidden"],
         chosen: Int64[Tensor, "n top_k"],
         coefficients: Float[Tensor, "n top_k"],
+        router_inputs: Float[Tensor, "n router_hidden"] | None = None,
     ) -> None:
         """Add one batch: what the experts saw, whom the router chose, and the coefficients it multiplies with.
+
+        ``router_inputs`` is what the router saw, where that is something else.
 
         Numbers from E on are experts that compute nothing (identity, skip): they count for nobody, and neither does a
         choice with coefficient 0.
@@ -65,7 +73,7 @@ class Accumulator:
             for expert in range(dims.experts):
                 self._add_outputs(bank, expert, inputs, chosen, weights)
         if self._sample_size:
-            self._sample(inputs)
+            self._sample(inputs, router_inputs)
         self._tokens += len(inputs)
         self._next += len(inputs)
 
@@ -91,21 +99,22 @@ class Accumulator:
             if name in self._sums:
                 self._sums[name][expert] += value
 
-    def _sample(self, inputs: Tensor) -> None:
-        keys = sample_keys(self._seed, self._next, len(inputs))
-        rows = inputs
-        if self._reservoir is not None:
-            keys, rows = torch.cat([self._reservoir[0], keys]), torch.cat([self._reservoir[1], rows])
-        order = torch.argsort(keys, stable=True)[: self._sample_size]
-        self._reservoir = keys[order], rows[order].clone()
+    def _sample(self, inputs: Tensor, router_inputs: Tensor | None) -> None:
+        rows = {"sample_key": sample_keys(self._seed, self._next, len(inputs)), "sample": inputs}
+        if router_inputs is not None:
+            rows["router_sample"] = router_inputs
+        if self._reservoir:
+            rows = {name: torch.cat([self._reservoir[name], new]) for name, new in rows.items()}
+        order = torch.argsort(rows["sample_key"], stable=True)[: self._sample_size]
+        self._reservoir = {name: value[order].clone() for name, value in rows.items()}
 
     def stats(self) -> LayerStats:
         """What has been accumulated so far."""
         values = dict(self._sums)
         if self._sample_size:
-            if self._reservoir is None:
+            if not self._reservoir:
                 raise ContractError(f"layer {self._dims.layer}: a sample must be drawn from at least one token.")
-            values |= {"sample_key": self._reservoir[0], "sample": self._reservoir[1]}
+            values |= self._reservoir
         return LayerStats(self._tokens, values, self._sample_size)
 
 

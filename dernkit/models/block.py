@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from dernkit.models.family import Family
 from dernkit.models.layout import Layout
 from dernkit.models.probe import Probe
 from dernkit.models.rehearsal import Rehearsal, rehearse
-from dernkit.types import CompressedLayer, ExpertBank, ExpertWeights, LayerDims
+from dernkit.models.rerouting import on_router_inputs, route_of
+from dernkit.types import CompressedLayer, ExpertBank, ExpertWeights, LayerDims, Route
 
 
 @dataclass(slots=True)
@@ -72,7 +74,18 @@ class UniversalBlock:
             finish=layout.finish(experts),
             coefficient_on_input=layout.coefficient_on_input,
             tables={name: tensor_of(self.module, name) for name in self.tables},
+            router_bias=self._router_bias(),
+            route=self.route(),
         )
+
+    def route(self, ones: Mapping[str, Collection[str]] = MappingProxyType({})) -> Route:
+        """`ExpertBank.route`; ``ones``: see :func:`dernkit.models.rerouting.route_of`."""
+        return route_of(self, lambda: self.rehearsal().alone, lambda: self.rehearsal().scale, ones)
+
+    def _router_bias(self) -> str | None:
+        """That of the linear map which the router's rows belong to; correction biases have names of their own."""
+        name = self.router_name.removesuffix("weight") + "bias"
+        return name if self.router_name.endswith("weight") and name in self.per_expert_dims else None
 
     def router_kind(self) -> str:
         return self.rehearsal().router
@@ -132,6 +145,9 @@ class UniversalBlock:
                 coupling.resize(path, width)
         self._resize(self.family.count, len(compressed.router))
         self.layout.shrink(self.experts, len(compressed.router))
+
+    def on_router_inputs(self, callback: Callable[[Tensor], None]) -> RemovableHandle:
+        return on_router_inputs(self, self.rehearsal().alone, callback)
 
     def on_routing(self, callback: Callable[[Tensor, Tensor, Tensor], None]) -> RemovableHandle:
         scale = self.rehearsal().scale

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from dernkit.api import Block
 from dernkit.errors import CheckpointError
 from dernkit.models.probe import Field, build_on_meta, candidate_fields, set_field
-from dernkit.types import CompressedLayer, ExpertBank, LayerDims
+from dernkit.types import CompressedLayer, ExpertBank, LayerDims, Route
 
 _COUNT = ("num_group", "n_group")
 _CHOSEN = ("topk_group",)
@@ -76,7 +77,14 @@ class _Ungrouped:
         return cls(inner.layer, inner.path, dims, inner, model, fields, mine)
 
     def bank(self) -> ExpertBank:
-        return replace(self.inner.bank(), dims=self.dims)
+        below = {path.removeprefix(self.path).removeprefix("."): names for path, names in self.attributes.items()}
+        return replace(self.inner.bank(), dims=self.dims, route=self.inner.route(below))
+
+    def route(self, ones: Mapping[str, Collection[str]] = MappingProxyType({})) -> Route:
+        return self.inner.route(ones)
+
+    def on_router_inputs(self, callback: Callable[[Tensor], None]) -> Any:
+        return self.inner.on_router_inputs(callback)
 
     def router_kind(self) -> str:
         return self.inner.router_kind()

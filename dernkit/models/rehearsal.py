@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dernkit.errors import CheckpointError
 from dernkit.models.layout import Layout
+from dernkit.models.rerouting import router_submodule
 from dernkit.models.router_kind import router_kind
 from dernkit.models.stubs import stubbed
 from dernkit.sentences import reason
@@ -51,6 +52,8 @@ class Rehearsal:
     """What the router does, in words."""
     scale: float
     """Constant with which the block multiplies the experts' sum after them; 1 where something else follows."""
+    alone: bool
+    """Whether the block needs more than hidden states, so that its router was run without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,8 @@ class _Routing:
     coefficients: Tensor
     outputs: list[Tensor]
     """What the router returned."""
+    alone: bool
+    """Whether the router ran without its block."""
 
 
 def rehearse(block: _Block) -> Rehearsal:
@@ -83,7 +88,7 @@ def rehearse(block: _Block) -> Rehearsal:
             f"were moved, in '{block.router_name}' and {len(block.per_expert_dims)} more, instead. "
             f"This family needs an adapter plugin."
         )
-    return Rehearsal(kind, scale)
+    return Rehearsal(kind, scale, first.alone)
 
 
 def _bias(block: _Block) -> str:
@@ -127,11 +132,12 @@ def _routing(block: _Block, module: Any) -> _Routing:
     """The routing of random tokens by the block; by the router alone where the block needs more than tokens."""
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     outputs: list[Tensor] = []
+    alone = False
 
     def returned(_: nn.Module, args: Any, output: Any) -> None:
         outputs.extend(output if isinstance(output, tuple) else [output])
 
-    router = module.get_submodule(block.router_name.rpartition(".")[0].split(".")[0])
+    router = module.get_submodule(router_submodule(block))
     handles = [
         block.layout.listen(module, module.get_submodule(block.experts_below), lambda *told: seen.append(told)),
         router.register_forward_hook(returned),
@@ -142,6 +148,7 @@ def _routing(block: _Block, module: Any) -> _Routing:
         if block.layout.router is not None:  # what its layout tells can be checked in the block only
             raise _not_run(block, error) from None
         seen.append(_router_alone(block, router))
+        alone = True
     finally:
         for handle in handles:
             handle.remove()
@@ -150,7 +157,7 @@ def _routing(block: _Block, module: Any) -> _Routing:
             f"{block.path}: a forward of the block must show its routing. Got none where {type(block.layout).__name__} "
             f"listens instead. This family needs an adapter plugin."
         )
-    return _Routing(*seen[0], outputs)
+    return _Routing(*seen[0], outputs, alone)
 
 
 def _forward(block: _Block, module: Any) -> Tensor:

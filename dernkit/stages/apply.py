@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dernkit.api import Block, Merge, Router
 from dernkit.errors import CheckpointError
-from dernkit.kernel.compress import check_width, compress_layer, target_width
+from dernkit.kernel.compress import NO_STATISTICS, check_width, compress_layer, target_width
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.folder import copy_other_files, edited_config, verify
 from dernkit.models.groups import regrouped
@@ -23,7 +24,7 @@ from dernkit.models.store import Store
 from dernkit.models.writer import ShardWriter
 from dernkit.progress import Progress
 from dernkit.stages.journal import JOURNAL, Journal
-from dernkit.types import CompressedLayer, ExpertBank, LayerDims, LayerPlan
+from dernkit.types import CompressedLayer, ExpertBank, LayerDims, LayerPlan, LayerStats
 
 
 def apply_live(
@@ -35,6 +36,7 @@ def apply_live(
     *,
     seed: int,
     width: int | None = None,
+    stats: Mapping[int, LayerStats] = MappingProxyType({}),
 ) -> None:
     """Surgery on every block of a model in memory, and on its config."""
     blocks = regrouped(model, blocks, collapse=_one_group(plans))
@@ -43,7 +45,8 @@ def apply_live(
     changes = blocks[0].config_changes(len(plans[0].kept), width)
     with torch.no_grad():
         for block, plan in zip(blocks, plans, strict=True):
-            block.replace(compress_layer(block.bank(), plan, merge, router, width, seed))
+            seen = stats.get(block.layer, NO_STATISTICS)
+            block.replace(compress_layer(block.bank(), plan, merge, router, width, seed, seen))
     for field, value in changes.items():
         set_field(model.config, field, value)
 
@@ -60,6 +63,7 @@ def apply_checkpoint(
     progress: Progress,
     width: int | None = None,
     mtp: str = "compress",
+    stats: Mapping[int, LayerStats] = MappingProxyType({}),
 ) -> None:
     """Stream the compressed checkpoint into ``folder``, one block's weights in memory at a time.
 
@@ -75,6 +79,7 @@ def apply_checkpoint(
         width: neurons of an expert after surgery; None: what the merge needs.
         mtp: whether multi-token-prediction layers are compressed by the last layer's plan ("compress") or left out
             ("drop").
+        stats: of every layer, for a merge or router that reads some.
     """
     store, blocks = source.open(keep_dtypes=True)
     blocks = regrouped(store.model, blocks, collapse=_one_group(plans))
@@ -94,7 +99,8 @@ def apply_checkpoint(
     with progress.track("apply", len(works), "layers") as tracker:
         for work in works:
             if work.layer not in journal.done:
-                writer.put(_compressed(work, merge, router, width, seed))
+                seen = stats.get(work.plan.layer, NO_STATISTICS)
+                writer.put(_compressed(work, merge, router, width, seed, seen))
                 journal.add(work.layer)
             tracker.advance(1, f"layer {work.layer}")
     writer.copy_untouched()
@@ -171,14 +177,16 @@ def _check_kept(dims: LayerDims, kept: list[int]) -> None:
         )
 
 
-def _compressed(work: _Work, merge: Merge | None, router: Router, width: int, seed: int) -> Mapping[str, Tensor]:
+def _compressed(
+    work: _Work, merge: Merge | None, router: Router, width: int, seed: int, stats: LayerStats
+) -> Mapping[str, Tensor]:
     store, block = work.store, work.block
     modules = block.modules(width)
     for path in modules:
         store.load(path)
     _check_round_trip(store, block)
     with torch.no_grad():
-        resized = block.resized(compress_layer(block.bank(), work.plan, merge, router, width, seed))
+        resized = block.resized(compress_layer(block.bank(), work.plan, merge, router, width, seed, stats))
     for path in modules:
         store.unload(path)
     return work.to_disk(resized)

@@ -138,11 +138,22 @@ class Collector:
             return
         block, accumulator = self._blocks[layer], self._accumulators[layer]
         bank = block.bank()
-        handle = block.on_routing(lambda *routing: accumulator.update(bank, *routing))
+        seen: list[Tensor] = []
+
+        def add(inputs: Tensor, chosen: Tensor, coefficients: Tensor) -> None:
+            router_inputs = seen.pop() if seen else None
+            if router_inputs is not None and torch.equal(router_inputs, inputs):
+                router_inputs = None
+            accumulator.update(bank, inputs, chosen, coefficients, router_inputs)
+
+        handles = [block.on_routing(add)]
+        if accumulator.samples:
+            handles.append(block.on_router_inputs(seen.append))
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def _finite(tensor: Tensor) -> bool:

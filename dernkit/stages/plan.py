@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dernkit.api import Assigner, Block, Budget, Scorer
+from dernkit.api import Assigner, Block, Budget, Scorer, Selector
 from dernkit.errors import CheckpointError, ContractError
-from dernkit.kernel.planning import plan_from_scores, score_layer
+from dernkit.kernel.planning import measure_layer, plan_from_scores, score_layer
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.groups import regrouped
 from dernkit.models.source import SourceModel
@@ -37,6 +37,8 @@ class Decisions(Protocol):
     def scorer(self) -> Scorer: ...
     @property
     def budget(self) -> Budget: ...
+    @property
+    def selector(self) -> Selector: ...
     @property
     def assigner(self) -> Assigner | None: ...
     @property
@@ -83,24 +85,28 @@ def plan_blocks(
         ContractError: a component broke its contract.
         CheckpointError: the router of some layer does not allow the count asked for.
     """
-    passes = 1 if decisions.assigner is None else 2
+    again = decisions.assigner is not None or bool(decisions.selector.requires)
+    passes = 1 + again
     with progress.track("plan", passes * len(blocks), "layers") as tracker:
-        scores = []
+        scores, measures = [], []
         for block in blocks:
             weights.load(block.path)
             block.check()
             scores.append(score_layer(block.bank(), _of(stats, block), decisions.scorer))
+            measures.append(measure_layer(block.bank(), _of(stats, block), scores[-1], decisions.budget))
             weights.unload(block.path)
             tracker.advance(1, f"score, layer {block.layer}")
-        counts = _allocate(blocks, decisions, scores)
+        counts = _allocate(blocks, decisions, measures)
         plans = []
         for block, score, count in zip(blocks, scores, counts, strict=True):
-            if decisions.assigner is not None:
+            if again:
                 weights.load(block.path)
                 tracker.advance(1, f"assign, layer {block.layer}")
-            plan = plan_from_scores(block.bank(), _of(stats, block), score, count, decisions.assigner)
+            plan = plan_from_scores(
+                block.bank(), _of(stats, block), score, count, decisions.selector, decisions.assigner
+            )
             plans.append(replace(plan, one_group=decisions.groups == "collapse"))
-            if decisions.assigner is not None:
+            if again:
                 weights.unload(block.path)
     return plans
 
@@ -109,9 +115,9 @@ def _of(stats: Mapping[int, LayerStats], block: Block) -> LayerStats:
     return stats.get(block.layer, LayerStats(tokens=0))
 
 
-def _allocate(blocks: Sequence[Block], decisions: Decisions, scores: list[Tensor]) -> list[int]:
+def _allocate(blocks: Sequence[Block], decisions: Decisions, measures: list[Tensor]) -> list[int]:
     bounds = [limits(block.dims) for block in blocks]
-    counts = decisions.budget.allocate(scores, decisions.keep, bounds)
+    counts = decisions.budget.allocate(measures, decisions.keep, bounds)
     where = f"budget '{decisions.budget.name}'"
     if len(counts) != len(blocks):
         raise ContractError(f"{where}: must return one count per layer ({len(blocks)}). Got {len(counts)} instead.")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dernkit.types import CompressedLayer, ExpertBank, LayerDims, LayerStats
+from dernkit.types import CompressedLayer, ExpertBank, LayerDims, LayerStats, Pool, Retention, Route, Routing
 
 
 def random_bank(
@@ -30,6 +30,7 @@ def random_bank(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng).to(dtype)
 
+    router = normal(experts, hidden)
     return ExpertBank(
         dims=LayerDims(layer, experts, top_k, width, hidden, groups),
         gate=normal(experts, width, hidden) if gated else None,
@@ -38,10 +39,26 @@ def random_bank(
         gate_bias=normal(experts, width) if gated and bias else None,
         up_bias=normal(experts, width) if bias else None,
         down_bias=normal(experts, hidden) if bias else None,
-        router=normal(experts, hidden),
+        router=router,
         per_expert={"correction_bias": normal(experts)},
         act=_silu,
+        route=softmax_route(router, top_k),
     )
+
+
+def softmax_route(router: Float[Tensor, "experts hidden"], top_k: int) -> Route:
+    """Softmax over the top-k logits, as in Mixtral; of a tie the lowest index."""
+
+    def route(inputs: Tensor, experts: Tensor | None = None) -> Routing:
+        logits = inputs.to(torch.float32) @ router.to(torch.float32).T
+        if experts is not None:
+            masked = torch.full_like(logits, -torch.inf)
+            masked[:, experts] = logits[:, experts]
+            logits = masked
+        chosen = torch.argsort(logits, dim=1, descending=True, stable=True)[:, :top_k]
+        return Routing(chosen, logits.gather(1, chosen).softmax(dim=1), logits)
+
+    return route
 
 
 def _silu(gate: Float[Tensor, "n width"] | None, up: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
@@ -70,6 +87,37 @@ def random_stats(bank: ExpertBank, *, tokens: int = 100, seed: int = 0, sample: 
     )
 
 
+def retained(bank: ExpertBank, kept: list[int], group: list[int] | None = None) -> Retention:
+    """These experts stay; scores fall with the index."""
+    scores = torch.arange(bank.dims.experts, 0, -1, dtype=torch.float64)
+    return Retention(scores, torch.tensor(kept), None if group is None else torch.tensor(group))
+
+
+def random_pool(
+    own: int = 8,
+    arrivals: int = 7,
+    parts: int = 3,
+    features: int = 6,
+    *,
+    seed: int = 0,
+    stats: LayerStats | None = None,
+) -> Pool:
+    """What a merge gets: expert 0 with arrivals of experts 1 and 2."""
+    rng = torch.Generator().manual_seed(seed)
+    return Pool(
+        own=torch.randn(own, parts, features, generator=rng),
+        own_weight=0.3,
+        incoming=torch.randn(arrivals, parts, features, generator=rng),
+        incoming_weight=torch.rand(arrivals, generator=rng),
+        partner=torch.randint(own, (arrivals,), generator=rng),
+        affinity=torch.rand(arrivals, generator=rng),
+        expert=0,
+        incoming_expert=1 + torch.arange(arrivals) % 2,
+        act=_silu,
+        stats=stats,
+    )
+
+
 def permute_experts(bank: ExpertBank, order: Int64[Tensor, " experts"]) -> ExpertBank:
     """The same bank with expert ``order[i]`` in place i."""
     return replace(
@@ -81,6 +129,7 @@ def permute_experts(bank: ExpertBank, order: Int64[Tensor, " experts"]) -> Exper
         up_bias=_take(bank.up_bias, order),
         down_bias=_take(bank.down_bias, order),
         router=bank.router[order],
+        route=softmax_route(bank.router[order], bank.dims.top_k),
         per_expert={name: tensor[order] for name, tensor in bank.per_expert.items()},
     )
 
@@ -132,6 +181,7 @@ def as_bank(layer: CompressedLayer, source: ExpertBank) -> ExpertBank:
         router=layer.router,
         per_expert=layer.per_expert,
         act=source.act,
+        route=softmax_route(layer.router, source.dims.top_k),
     )
 
 

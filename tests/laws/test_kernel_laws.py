@@ -11,6 +11,7 @@ from dernkit.builtin.assigners import Affinity, NoMoves
 from dernkit.builtin.merges import Concatenate, SphericalKMeans, WeightedAverage
 from dernkit.builtin.routers import Additive, Slice
 from dernkit.builtin.scorers import GateMass, Reap, RouterFrequency
+from dernkit.builtin.selectors import TopScore
 from dernkit.builtin.similarities import Cosine
 from dernkit.kernel.compress import compress_layer, target_width
 from dernkit.kernel.planning import plan_from_scores, plan_layer
@@ -84,7 +85,7 @@ def assert_same_neurons(one: torch.Tensor, other: torch.Tensor, tolerance: float
 @few
 @given(banks(), merges, routers, scorers, st.floats(-1, 1))
 def test_keeping_all_experts_changes_no_bit(bank, merge, router, scorer, threshold) -> None:
-    plan = plan_layer(bank, random_stats(bank), scorer, 4, Affinity(threshold=threshold))
+    plan = plan_layer(bank, random_stats(bank), scorer, 4, TopScore(), Affinity(threshold=threshold))
     width = target_width([plan], merge)
     assert_same_bits(compress_layer(bank, plan, merge, router, width, 0), bank, torch.arange(4))
 
@@ -93,8 +94,8 @@ def test_keeping_all_experts_changes_no_bit(bank, merge, router, scorer, thresho
 @given(banks(), merges, routers, scorers, st.integers(2, 3))
 def test_a_threshold_of_1_is_plain_pruning_bit_for_bit(bank, merge, router, scorer, keep) -> None:
     stats = random_stats(bank)
-    plan = plan_layer(bank, stats, scorer, keep, Affinity(threshold=1.0))
-    pruned = plan_layer(bank, stats, scorer, keep, NoMoves())
+    plan = plan_layer(bank, stats, scorer, keep, TopScore(), Affinity(threshold=1.0))
+    pruned = plan_layer(bank, stats, scorer, keep, TopScore(), NoMoves())
     assert torch.equal(plan.kept, pruned.kept)
     layer = compress_layer(bank, plan, merge, router, target_width([plan], merge), 0)
     assert_same_bits(layer, bank, plan.kept)
@@ -103,7 +104,7 @@ def test_a_threshold_of_1_is_plain_pruning_bit_for_bit(bank, merge, router, scor
 @few
 @given(banks(dtype=exact), st.integers(2, 3))
 def test_pruning_is_the_original_layer_with_the_dropped_logits_masked(bank, keep) -> None:
-    plan = plan_layer(bank, random_stats(bank), GateMass(), keep, None)
+    plan = plan_layer(bank, random_stats(bank), GateMass(), keep, TopScore(), None)
     x = torch.randn(10, bank.dims.hidden, generator=torch.Generator().manual_seed(0))
     mask = torch.full((4,), -torch.inf)
     mask[plan.kept] = 0
@@ -123,7 +124,7 @@ def compress_with_twins(bank: ExpertBank, merge: object, seed: int) -> tuple[Lay
     """Expert 3 is a permuted copy of expert 1 and is dropped."""
     bank = copy_expert(bank, 1, 3, permutation(bank.dims.width, seed))
     scores = torch.tensor([3, 2, 4, 1], dtype=torch.float64)
-    plan = plan_from_scores(bank, LayerStats(0), scores, 3, Affinity())
+    plan = plan_from_scores(bank, LayerStats(0), scores, 3, TopScore(), Affinity())
     return plan, compress_layer(bank, plan, merge, Slice(), target_width([plan], merge), 0), bank
 
 
@@ -187,7 +188,7 @@ def test_permuting_neurons_changes_no_function(bank, merge, expert, seed, quanti
 
 
 def run(bank, stats, merge, router, scorer, quantile) -> tuple[LayerPlan, CompressedLayer]:
-    plan = plan_layer(bank, stats, scorer, 2, Affinity(similarity=Cosine(), quantile=quantile))
+    plan = plan_layer(bank, stats, scorer, 2, TopScore(), Affinity(similarity=Cosine(), quantile=quantile))
     return plan, compress_layer(bank, plan, merge, router, target_width([plan], merge, multiple=4), 0)
 
 

@@ -18,7 +18,7 @@ from dernkit.models.universal import Universal
 from dernkit.registry import Registry
 from dernkit.stages.apply import apply_live
 from dernkit.testing.checkpoints import FAMILIES, tiny_model, tokens
-from dernkit.types import Assignment, LayerPlan, LayerStats
+from dernkit.types import Assignment, LayerPlan, LayerStats, Retention
 from tests.laws.pipeline import DERN, recipe, run
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -79,7 +79,9 @@ def test_a_dropped_permuted_copy_of_a_kept_expert_leaves_it_as_it_was(family: st
     stats = LayerStats(tokens=0)
     plans = []
     for block in moe_blocks(merged):
-        moves = Affinity(threshold=0.999).assign(block.bank(), kept, stats)
+        moves = Affinity(threshold=0.999).assign(
+            block.bank(), Retention(torch.ones(8, dtype=torch.float64), kept), stats
+        )
         assert len(moves) == 4 * block.dims.width and bool((moves.affinity == 1).all())
         plans.append(LayerPlan(block.layer, 8, block.dims.width, torch.ones(8, dtype=torch.float64), kept, moves))
     nothing = [LayerPlan(p.layer, 8, p.width, p.scores, kept, Assignment.empty()) for p in plans]

@@ -12,8 +12,8 @@ from dernkit.builtin.scorers import GateMass, Reap, RouterFrequency
 from dernkit.builtin.similarities import Cosine
 from dernkit.kernel.clustering import spherical_kmeans
 from dernkit.kernel.matching import best_match
-from dernkit.testing.banks import random_bank
-from dernkit.types import LayerPlan, LayerStats, Pool
+from dernkit.testing.banks import random_bank, random_pool, retained
+from dernkit.types import LayerPlan, LayerStats
 from tests.reference import dern
 
 BANKS = [
@@ -26,18 +26,6 @@ KEPT = torch.tensor([1, 3])
 
 def close(fast: torch.Tensor, slow: list) -> None:
     torch.testing.assert_close(fast.double(), torch.tensor(slow, dtype=torch.float64), rtol=1e-5, atol=1e-5)
-
-
-def random_pool(seed: int, own: int = 8, arrivals: int = 7, parts: int = 3, features: int = 4) -> Pool:
-    rng = torch.Generator().manual_seed(seed)
-    return Pool(
-        own=torch.randn(own, parts, features, generator=rng),
-        own_weight=0.3,
-        incoming=torch.randn(arrivals, parts, features, generator=rng),
-        incoming_weight=torch.rand(arrivals, generator=rng),
-        partner=torch.randint(own, (arrivals,), generator=rng),
-        affinity=torch.rand(arrivals, generator=rng),
-    )
 
 
 def rows(segments: torch.Tensor) -> list[list[float]]:
@@ -58,7 +46,7 @@ def test_cosine_matching() -> None:
 @pytest.mark.parametrize("rule", [{"threshold": 0.3}, {}, {"quantile": 0.37}, {"quantile": 1.0}])
 def test_assignment(kind: dict, parts: tuple, rule: dict) -> None:
     bank = random_bank(4, 6, 3, **kind)
-    moves = Affinity(similarity=Cosine(parts=parts), **rule).assign(bank, KEPT, LayerStats(0))
+    moves = Affinity(similarity=Cosine(parts=parts), **rule).assign(bank, retained(bank, KEPT.tolist()), LayerStats(0))
     found = dern.affinities(bank, KEPT.tolist(), sorted(parts, reverse=True))
     slow = (
         dern.best_share(found, rule["quantile"])
@@ -76,7 +64,7 @@ def test_assignment(kind: dict, parts: tuple, rule: dict) -> None:
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("seed", range(3))
 def test_kmeans_merge(equalise: bool, rescale: bool, seed: int) -> None:
-    pool = random_pool(seed, arrivals=12)
+    pool = random_pool(features=4, seed=seed, arrivals=12)
     merged = SphericalKMeans(equalise=equalise, rescale=rescale).merge(pool, 8, torch.Generator())
     segments = rows(pool.own) + rows(pool.incoming)
     weights = [pool.own_weight] * 8 + pool.incoming_weight.double().tolist()
@@ -99,7 +87,7 @@ def test_kmeans_compares_again_only_what_changed_and_gives_the_same(iterations: 
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("weights", ["score", "uniform"])
 def test_weighted_average(rescale: bool, weights: str) -> None:
-    pool = random_pool(4)
+    pool = random_pool(features=4, seed=4)
     merged = WeightedAverage(weights=weights, rescale=rescale).merge(pool, 8, torch.Generator())
     own_weight, incoming = pool.own_weight, pool.incoming_weight.double().tolist()
     if weights == "uniform":
@@ -112,11 +100,11 @@ def test_weighted_average(rescale: bool, weights: str) -> None:
 def test_additive_router() -> None:
     bank = random_bank(5, 6, 4)
     kept = torch.tensor([0, 4])
-    moves = Affinity(quantile=0.6).assign(bank, kept, LayerStats(0))
+    moves = Affinity(quantile=0.6).assign(bank, retained(bank, kept.tolist()), LayerStats(0))
     plan = LayerPlan(0, 5, 6, torch.ones(5, dtype=torch.float64), kept, moves)
     pairs = list(zip(moves.source.tolist(), moves.target.tolist(), strict=True))
     slow = dern.additive_router(bank.router.double().tolist(), [0, 4], pairs, 6)
-    close(Additive().update(bank.router, plan), slow)
+    close(Additive().update(bank.router, plan, LayerStats(0)), slow)
 
 
 def test_scores() -> None:

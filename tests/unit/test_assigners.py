@@ -7,12 +7,12 @@ import torch
 from dernkit.api import Match
 from dernkit.builtin.assigners import Affinity, NoMoves
 from dernkit.errors import ContractError
-from dernkit.testing.banks import random_bank, random_stats
+from dernkit.testing.banks import random_bank, random_stats, retained
 from dernkit.types import ExpertBank, LayerStats
 
 BANK = random_bank(4, 3, 2, layer=7)
-KEPT = torch.tensor([0, 2])
 STATS = random_stats(BANK)
+RETAINED = retained(BANK, [0, 2])
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ TABLE = Table(((0.9, 0.1), (0.6, 0.6), (0.1, 0.7), (0.2, 0.3), (0.6, 0.7), (0.61
 
 
 def test_none_moves_nothing() -> None:
-    assert len(NoMoves().assign(BANK, KEPT, STATS)) == 0
+    assert len(NoMoves().assign(BANK, RETAINED, STATS)) == 0
 
 
 def test_a_segment_moves_if_and_only_if_it_is_strictly_above_the_threshold() -> None:
-    moves = Affinity(similarity=TABLE, threshold=0.6).assign(BANK, KEPT, STATS)
+    moves = Affinity(similarity=TABLE, threshold=0.6).assign(BANK, RETAINED, STATS)
     assert moves.source.tolist() == [3, 5, 10, 11]
     assert moves.target.tolist() == [0, 1, 1, 0]
     assert moves.partner.tolist() == [0, 2, 0, 1]
@@ -47,12 +47,14 @@ def test_a_segment_moves_if_and_only_if_it_is_strictly_above_the_threshold() -> 
 
 
 def test_the_default_is_the_threshold_of_the_paper() -> None:
-    default, explicit = (Affinity(similarity=TABLE, **o).assign(BANK, KEPT, STATS) for o in ({}, {"threshold": 0.6}))
+    default, explicit = (
+        Affinity(similarity=TABLE, **o).assign(BANK, RETAINED, STATS) for o in ({}, {"threshold": 0.6})
+    )
     assert default.source.tolist() == explicit.source.tolist()
 
 
 def test_ties_between_kept_experts_go_to_the_first() -> None:
-    moves = Affinity(similarity=TABLE, threshold=0.5).assign(BANK, KEPT, STATS)
+    moves = Affinity(similarity=TABLE, threshold=0.5).assign(BANK, RETAINED, STATS)
     assert dict(zip(moves.source.tolist(), moves.target.tolist(), strict=True))[4] == 0
 
 
@@ -61,20 +63,20 @@ def test_ties_between_kept_experts_go_to_the_first() -> None:
     [(0.0, []), (0.16, []), (0.17, [3]), (0.34, [3, 5]), (0.5, [3, 5, 10]), (1.0, [3, 4, 5, 9, 10, 11])],
 )
 def test_quantile_moves_the_best_share_and_breaks_ties_to_the_lowest_source(quantile: float, sources: list) -> None:
-    assert Affinity(similarity=TABLE, quantile=quantile).assign(BANK, KEPT, STATS).source.tolist() == sources
+    assert Affinity(similarity=TABLE, quantile=quantile).assign(BANK, RETAINED, STATS).source.tolist() == sources
 
 
 def test_quantile_is_exact_on_the_decimal_that_was_written() -> None:
     bank = random_bank(2, 100, 2)
     assert int(0.29 * 100) == 28
-    assert len(Affinity(quantile=0.29).assign(bank, torch.tensor([0]), LayerStats(0))) == 29
+    assert len(Affinity(quantile=0.29).assign(bank, retained(bank, [0]), LayerStats(0))) == 29
 
 
 def test_a_threshold_of_1_moves_nothing_even_between_twins() -> None:
     bank = random_bank(2, 5, 3)
     bank.up[1], bank.down[1] = bank.up[0], bank.down[0]
-    assert len(Affinity(threshold=1.0).assign(bank, torch.tensor([0]), LayerStats(0))) == 0
-    assert len(Affinity(threshold=0.999).assign(bank, torch.tensor([0]), LayerStats(0))) == 5
+    assert len(Affinity(threshold=1.0).assign(bank, retained(bank, [0]), LayerStats(0))) == 0
+    assert len(Affinity(threshold=0.999).assign(bank, retained(bank, [0]), LayerStats(0))) == 5
 
 
 def test_only_one_rule_may_be_given() -> None:
@@ -96,8 +98,8 @@ def test_an_assigner_requires_what_its_similarity_requires() -> None:
 )
 def test_similarities_are_held_to_their_contract(rows: tuple, problem: str) -> None:
     with pytest.raises(ContractError, match=f"^similarity 'table', layer 7: must return finite.*{problem}"):
-        Affinity(similarity=Table(rows)).assign(BANK, KEPT, STATS)
+        Affinity(similarity=Table(rows)).assign(BANK, RETAINED, STATS)
 
 
 def test_nothing_dropped_moves_nothing() -> None:
-    assert len(Affinity(quantile=1.0).assign(BANK, torch.arange(4), STATS)) == 0
+    assert len(Affinity(quantile=1.0).assign(BANK, retained(BANK, [0, 1, 2, 3]), STATS)) == 0

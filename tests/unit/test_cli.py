@@ -99,6 +99,7 @@ def test_the_lock_names_every_component_with_its_version(finished: Workbench) ->
         ("report", "markdown"),
         ("router", "additive"),
         ("scorer", "gate-mass"),
+        ("selector", "top-score"),
         ("similarity", "cosine"),
         ("source", "text-file"),
     }

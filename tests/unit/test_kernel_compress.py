@@ -8,6 +8,7 @@ import torch
 from dernkit.builtin.assigners import Affinity
 from dernkit.builtin.merges import Concatenate, SphericalKMeans, WeightedAverage
 from dernkit.builtin.routers import Additive, Slice
+from dernkit.builtin.selectors import TopScore
 from dernkit.errors import CheckpointError, ContractError, RecipeError
 from dernkit.kernel.compress import compress_layer, target_width
 from dernkit.kernel.planning import plan_from_scores
@@ -20,7 +21,7 @@ SCORES = torch.tensor([4, 1, 3, 2], dtype=torch.float64)
 
 
 def plan_for(bank: ExpertBank, quantile: float = 0.5) -> LayerPlan:
-    return plan_from_scores(bank, LayerStats(0), SCORES, 2, Affinity(quantile=quantile))
+    return plan_from_scores(bank, LayerStats(0), SCORES, 2, TopScore(), Affinity(quantile=quantile))
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,13 @@ class Scripted:
 
     result: Callable[[object], torch.Tensor]
     name: ClassVar[str] = "scripted"
+    requires: ClassVar[frozenset[str]] = frozenset()
     widens: ClassVar[bool] = False
 
     def merge(self, pool: Pool, width: int, rng: torch.Generator) -> torch.Tensor:
         return self.result(pool)
 
-    def update(self, rows: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    def update(self, rows: torch.Tensor, plan: LayerPlan, stats: LayerStats) -> torch.Tensor:
         return self.result(rows)
 
 
@@ -178,6 +180,7 @@ def test_random_numbers_depend_on_seed_layer_and_expert_only() -> None:
         @dataclass(frozen=True)
         class Drawing:
             name: ClassVar[str] = "drawing"
+            requires: ClassVar[frozenset[str]] = frozenset()
             widens: ClassVar[bool] = False
 
             def merge(self, pool: Pool, width: int, rng: torch.Generator) -> torch.Tensor:

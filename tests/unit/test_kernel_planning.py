@@ -9,10 +9,11 @@ import torch
 
 from dernkit.builtin.assigners import Affinity
 from dernkit.builtin.scorers import GateMass
+from dernkit.builtin.selectors import TopScore
 from dernkit.errors import ContractError
 from dernkit.kernel.planning import plan_from_scores, plan_layer, score_layer
 from dernkit.testing.banks import random_bank, random_stats
-from dernkit.types import Assignment, ExpertBank, LayerStats
+from dernkit.types import Assignment, ExpertBank, LayerStats, Retention
 
 BANK = random_bank(4, 5, 3, layer=7)
 STATS = random_stats(BANK)
@@ -29,7 +30,7 @@ class Scripted:
     def score(self, bank: ExpertBank, stats: LayerStats) -> torch.Tensor:
         return self.result(stats)
 
-    def assign(self, bank: ExpertBank, kept: torch.Tensor, stats: LayerStats) -> Assignment:
+    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
         return self.result(stats)
 
 
@@ -53,7 +54,7 @@ def test_components_see_only_the_statistics_that_they_declare() -> None:
     scorer = Scripted(lambda stats: stats["routed"], requires=frozenset({"routed"}))
     assert torch.equal(score_layer(BANK, STATS, scorer), STATS["routed"])
     with pytest.raises(ContractError, match="statistic 'sample': must be declared"):
-        plan_layer(BANK, STATS, GateMass(), 2, Scripted(lambda stats: stats["sample"]))
+        plan_layer(BANK, STATS, GateMass(), 2, TopScore(), Scripted(lambda stats: stats["sample"]))
 
 
 def moves(source: list, target: list, partner: list, affinity: list) -> Assignment:
@@ -78,7 +79,7 @@ def moves(source: list, target: list, partner: list, affinity: list) -> Assignme
 def test_assigners_are_held_to_their_contract(assignment: Assignment, problem: str) -> None:
     scores = torch.tensor([4, 3, 2, 1], dtype=torch.float64)
     with pytest.raises(ContractError, match=f"^assigner 'scripted', layer 7: {problem}"):
-        plan_from_scores(BANK, STATS, scores, 2, Scripted(lambda stats: assignment))
+        plan_from_scores(BANK, STATS, scores, 2, TopScore(), Scripted(lambda stats: assignment))
 
 
 def test_moves_have_one_entry_in_every_column() -> None:
@@ -87,29 +88,32 @@ def test_moves_have_one_entry_in_every_column() -> None:
     object.__setattr__(assignment, "target", torch.tensor([0, 1]))
     scores = torch.tensor([4, 3, 2, 1], dtype=torch.float64)
     with pytest.raises(ContractError, match=r"target must be an int64 CPU .* Got int64 \[2\] on cpu for 1 moves"):
-        plan_from_scores(BANK, STATS, scores, 2, Scripted(lambda stats: assignment))
+        plan_from_scores(BANK, STATS, scores, 2, TopScore(), Scripted(lambda stats: assignment))
 
 
 def test_one_segment_may_go_to_several_experts() -> None:
     scores = torch.tensor([4, 3, 2, 1], dtype=torch.float64)
     both = moves([10, 10], [0, 1], [0, 0], [1.0, 1.0])
-    plan = plan_from_scores(BANK, STATS, scores, 2, Scripted(lambda stats: both))
+    plan = plan_from_scores(BANK, STATS, scores, 2, TopScore(), Scripted(lambda stats: both))
     assert plan.pool_sizes() == [6, 6]
 
 
 def test_a_plan_holds_the_decisions() -> None:
-    plan = plan_layer(BANK, STATS, GateMass(), 2, Affinity(quantile=0.5))
+    plan = plan_layer(BANK, STATS, GateMass(), 2, TopScore(), Affinity(quantile=0.5))
     assert (plan.layer, plan.experts, plan.width) == (7, 4, 5)
     assert plan.kept.tolist() == torch.topk(plan.scores, 2).indices.sort().values.tolist()
     assert len(plan.assignment) == 5
 
 
 def test_no_assigner_discards_and_keeping_all_asks_none() -> None:
-    assert len(plan_layer(BANK, STATS, GateMass(), 2, None).assignment) == 0
-    assert len(plan_layer(BANK, STATS, GateMass(), 4, Scripted(lambda stats: pytest.fail("asked"))).assignment) == 0
+    assert len(plan_layer(BANK, STATS, GateMass(), 2, TopScore(), None).assignment) == 0
+    assert (
+        len(plan_layer(BANK, STATS, GateMass(), 4, TopScore(), Scripted(lambda stats: pytest.fail("asked"))).assignment)
+        == 0
+    )
 
 
 def test_groups_are_respected() -> None:
     bank = random_bank(8, 3, 3, groups=2)
-    plan = plan_layer(bank, random_stats(bank), GateMass(), 4, None)
+    plan = plan_layer(bank, random_stats(bank), GateMass(), 4, TopScore(), None)
     assert int((plan.kept < 4).sum()) == 2

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dernkit.builtin.merges import Concatenate, SphericalKMeans, WeightedAverage
-from dernkit.types import Pool
+from dernkit.types import LayerStats, Pool
 
 INITS = ["gate-norm", "own", "random"]
 
@@ -16,6 +16,10 @@ def pool(own: torch.Tensor, incoming: torch.Tensor, *, own_weight: float = 1.0, 
         incoming_weight=torch.full((count,), weight),
         partner=torch.arange(count) % len(own),
         affinity=torch.ones(count),
+        expert=0,
+        incoming_expert=torch.ones(count, dtype=torch.int64),
+        act=lambda gate, up: up if gate is None else gate * up,
+        stats=LayerStats(0),
     )
 
 

@@ -34,7 +34,7 @@ def test_the_example_of_the_design_prints_all_three_problems(tmp_path: Path) -> 
         (
             "  keep",
             "  zzz: 1\n  keep",
-            "bad.yaml:4: plan.zzz: 'plan' has no key 'zzz'. Keys: keep, score, budget, assign, groups.",
+            "bad.yaml:4: plan.zzz: 'plan' has no key 'zzz'. Keys: keep, score, budget, select, assign, groups.",
         ),
         ("  keep: 0.5\n", "", "bad.yaml:3: plan.keep: must be given. Got nothing instead."),
         (

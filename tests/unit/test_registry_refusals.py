@@ -131,6 +131,7 @@ class Unresolvable:
 @dataclass(frozen=True)
 class NoWidens:
     name: ClassVar[str] = "no-widens"
+    requires: ClassVar[frozenset[str]] = NONE
 
     def merge(self, pool: Any, width: Any, rng: Any) -> Any: ...
 

@@ -87,7 +87,17 @@ class Uniform:
     name: ClassVar[str] = "uniform"
     requires: ClassVar[frozenset[str]] = frozenset()
 
-    def allocate(self, scores: Any, keep: Any, limits: Any) -> Any: ...
+    def measure(self, bank: Any, scores: Any, stats: Any) -> Any: ...
+
+    def allocate(self, measures: Any, keep: Any, limits: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TopScore:
+    name: ClassVar[str] = "top-score"
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def select(self, bank: Any, scores: Any, count: Any, stats: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +129,13 @@ class Affinity:
     threshold: Annotated[float, Interval(ge=-1, le=1)] = 0.6
     quantile: Annotated[float, Interval(ge=0.0, le=1.0)] | None = None
 
-    def assign(self, bank: Any, kept: Any, stats: Any) -> Any: ...
+    def assign(self, bank: Any, retention: Any, stats: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
 class SphericalKmeans:
     name: ClassVar[str] = "spherical-kmeans"
+    requires: ClassVar[frozenset[str]] = frozenset()
     widens: ClassVar[bool] = False
     iterations: Annotated[int, Ge(1), Le(1000)] = 30
 
@@ -134,15 +145,17 @@ class SphericalKmeans:
 @dataclass(frozen=True, slots=True)
 class Slice:
     name: ClassVar[str] = "slice"
+    requires: ClassVar[frozenset[str]] = frozenset()
 
-    def update(self, rows: Any, plan: Any) -> Any: ...
+    def update(self, rows: Any, plan: Any, stats: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Additive:
     name: ClassVar[str] = "additive"
+    requires: ClassVar[frozenset[str]] = frozenset()
 
-    def update(self, rows: Any, plan: Any) -> Any: ...
+    def update(self, rows: Any, plan: Any, stats: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +199,11 @@ def dernkit_scorers() -> list[type]:
 @hookimpl
 def dernkit_budgets() -> list[type]:
     return [Uniform]
+
+
+@hookimpl
+def dernkit_selectors() -> list[type]:
+    return [TopScore]
 
 
 @hookimpl
