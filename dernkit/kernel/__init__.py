@@ -5,6 +5,7 @@
 `matching`      best cosine of every segment among others, exact ties, bounded memory
 `clustering`    spherical weighted k-means (DERN, arXiv 2509.10377, step 3)
 `segments`      segments back into gate, up and down tensors
+`outputs`       what experts and neurons do on sampled inputs
 `planning`      run a scorer and an assigner on one layer, and hold them to their contracts
 `compress`      run a merge and a router on one layer, and hold them to theirs
 `statistics`    calibration sums of one layer, batch by batch
