@@ -114,7 +114,7 @@ def random_pool(
         expert=0,
         incoming_expert=1 + torch.arange(arrivals) % 2,
         act=_silu,
-        stats=stats,
+        stats=LayerStats(0) if stats is None else stats,
     )
 
 
