@@ -1,6 +1,6 @@
 """Train a testbed of many small experts from scratch: Qwen2-MoE or DeepSeek-V2 layers, with shared experts.
 
-    python -m benchmarks.testbeds.fine_grained qwen2-moe --minutes 110 --work-dir WORK --out benchmarks/testbeds/qwen2-moe
+    python -m benchmarks.testbeds.fine_grained qwen2-moe --minutes 110 --work-dir WORK --out OUT
 
 Unlike the Mixtral testbed there is no dense phase: the experts have no common ancestor. Data, tokenizer, schedule,
 optimizer and the losses on routing are those of `benchmarks.testbeds.mixtral`.
