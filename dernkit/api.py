@@ -34,6 +34,7 @@ from dernkit.types import (
 )
 
 __all__ = [
+    "API_VERSION",
     "Adapter",
     "Architecture",
     "Assigner",
@@ -70,6 +71,9 @@ __all__ = [
 ]
 
 hookimpl = pluggy.HookimplMarker("dernkit")
+
+API_VERSION = 1
+"""Version of hooks and protocols. A plugin module may say for which it was written: ``dernkit_api = 1``."""
 
 
 @runtime_checkable
