@@ -28,7 +28,7 @@ from dernkit.api import (
     Subject,
 )
 from dernkit.errors import RecipeError
-from dernkit.kernel.contracts import FLOATING, Call
+from dernkit.kernel.contracts import FLOATING, Call, described
 from dernkit.types import Assignment, ExpertBank, LayerDims, LayerPlan, LayerStats, Pool, Retention
 
 
@@ -140,14 +140,11 @@ def merge(merge: Merge, pool: Pool, width: int, rng: torch.Generator, layer: int
     """
     call, what = Call("merge", merge, layer), f"segments of expert {pool.expert}"
     merged = call.tensor(call("merge", pool=pool, width=width, rng=rng), what, None, torch.float32)
-    if (
-        merged.ndim != 3
-        or merged.shape[1:] != pool.own.shape[1:]
-        or len(merged) not in {*range(width + 1), len(pool.own)}
-    ):
+    wide = merged.ndim > 0 and len(merged) > width
+    if merged.ndim != 3 or merged.shape[1:] != pool.own.shape[1:] or (wide and len(merged) != len(pool.own)):
         must = f"{what} must have the shape [up to {', '.join(map(str, (width, *pool.own.shape[1:])))}]"
         raise call.broken("shape", must, str(list(merged.shape)))
-    if len(merged) > width:
+    if wide:
         raise RecipeError(
             f"apply.width, layer {layer}, expert {pool.expert}: must be at least {len(merged)} for the merge "
             f"'{merge.name}', which keeps the width. Got {width} instead. Use a merge that clusters, such as "
@@ -182,7 +179,7 @@ def evaluate(evaluator: Evaluator, subject: Subject) -> dict[str, float]:
     for name, value in found.items():
         call.instance(name, "a metric's name", str)
         if not isinstance(value, int | float):
-            raise call.broken("type", f"metric '{name}' must be a number", type(value).__name__)
+            raise call.broken("type", f"metric '{name}' must be a number", described(value))
     return found
 
 
