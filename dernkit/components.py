@@ -132,7 +132,7 @@ def component_of(kind: Kind, cls: Any, provenance: Provenance) -> Component:
             _check_method(kind, cls, method)
         options = _options(cls)
         _check_attributes(kind, cls, options)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         called = cls.__name__ if isinstance(cls, type) else repr(cls)
         reason = f"must be readable. Got {type(error).__name__}: {error} instead."
         reason = str(error) if isinstance(error, ValueError) else reason

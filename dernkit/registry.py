@@ -132,7 +132,7 @@ class Registry:
     def _load_entry_point(self, point: metadata.EntryPoint) -> None:
         origin = Origin(point.name, *_distribution(point))
         try:
-            _check_entry_name(origin, point)
+            _check_named(origin)
             plugin = point.load()
             _check_imports(origin, plugin)
         except PluginError as problem:
@@ -150,6 +150,7 @@ class Registry:
     def _inspect(self, plugin: Any, origin: Origin) -> tuple[list[Component], list[PluginError]]:
         """The valid components of a plugin and a problem for each of the others."""
         try:
+            _check_named(origin)
             _check_version(origin, plugin, self._version)
             self._check_signatures(origin, plugin)
             self._register_hooks(plugin, origin)
@@ -219,11 +220,11 @@ class Registry:
         return found
 
 
-def _check_entry_name(origin: Origin, point: metadata.EntryPoint) -> None:
+def _check_named(origin: Origin) -> None:
     if not origin.plugin.strip():
         raise PluginError(
-            f"entry point of {origin.distribution} {origin.version}: must have a name. Got '= {point.value}' instead. "
-            f"Write my-plugin = {point.value!r} below [project.entry-points.{GROUP}]."
+            f"plugin of {origin.distribution} {origin.version}: must have a name. Got none instead. "
+            f"Write my-plugin = 'my_module' below [project.entry-points.{GROUP}]."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Insta
     site = tmp_path / "site"
     site.mkdir()
     monkeypatch.syspath_prepend(site)
+    before = set(sys.modules)
 
     def install(distribution: str, source: str, *, entry: str | None = None, **others: str) -> Path:
         module = distribution.replace("-", "_")
@@ -52,3 +54,6 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Insta
         return place.parent
 
     yield install
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(site)):
+            del sys.modules[name]

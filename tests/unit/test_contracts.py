@@ -236,7 +236,7 @@ BREAKS = [
 
 @pytest.mark.parametrize("method", DO)
 def test_a_component_that_keeps_the_laws_is_heard(method: str) -> None:
-    kind, do, deed = DO[method]
+    _, do, deed = DO[method]
     assert do(Actor(deed)) is not None
 
 
@@ -405,7 +405,7 @@ def test_the_sentence_of_the_exception_is_on_one_line_and_not_endless() -> None:
     def deed(*inputs: Any) -> Any:
         raise ValueError("first\nsecond " + "x" * 5000)
 
-    with pytest.raises(ContractError, match="Got ValueError: first second x+") as caught:
+    with pytest.raises(ContractError, match=r"Got ValueError: first second x+") as caught:
         do_score(Actor(deed))
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
