@@ -133,7 +133,12 @@ class Assigner(Protocol):
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
 
-    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment: ...
+    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
+        """Moves from segments of dropped experts to kept ones, on the CPU, with finite affinities.
+
+        A segment that is not listed is discarded; one that is listed with several targets goes to all of them.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +156,9 @@ class Similarity(Protocol):
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
 
-    def match(self, bank: ExpertBank, dropped: int, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Match: ...
+    def match(self, bank: ExpertBank, dropped: int, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Match:
+        """Finite affinities of the segments of expert ``dropped`` with the experts ``kept``; higher fits better."""
+        ...
 
 
 @runtime_checkable

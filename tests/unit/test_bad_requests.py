@@ -179,8 +179,8 @@ def test_a_component_that_breaks_its_contract_ends_the_run_and_statistics_stay(
     monkeypatch.setattr(GateMass, "score", lambda self, bank, stats: nothing)
     assert said(bench.run(), 4) == (
         f"plugin 'dernkit.builtin.scorers' (dernkit {metadata.version('dernkit')}), scorer 'gate-mass', layer 0: score "
-        "must be finite, also for an expert that saw no token (law finite). Got nan at [0] instead. Divide by no count, "
-        "weight or norm of 0."
+        "must be finite, also for an expert that saw no token (law finite). Got nan at [0] instead. Divide by no "
+        "count, weight or norm of 0."
     )
     assert results(bench.out).keys() == {"stats.safetensors"}
     monkeypatch.undo()
