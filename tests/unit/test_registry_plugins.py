@@ -217,3 +217,16 @@ def test_the_listing_says_where_each_component_comes_from(site: Install) -> None
     found = rows["scorer", "packed"]
     assert (found["plugin"], found["distribution"], found["version"]) == ("a-package-plugin", "a-package", "3.1")
     assert (found["file"], found["line"], found["source"]) == (str(folder / "__init__.py"), 5, "__init__.py:5")
+
+
+def test_a_component_that_cannot_be_built_is_a_problem_of_the_recipe(site: Install, tmp_path: Path) -> None:
+    broken = PLUGIN.format(name="x").replace("def score", "def __post_init__(self): {}['x']\n    def score")
+    site("a-unbuilt", broken)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dernkit: 1\nplan: {keep: 0.5, score: {use: x}}\napply: {}\n")
+    result = CliRunner().invoke(main, ["validate", str(recipe)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1] == (
+        f"{recipe}:2: plan.score: scorer 'x' of plugin 'a-unbuilt-plugin' (a-unbuilt 3.1) must be built. "
+        "Got KeyError: 'x' instead."
+    )
