@@ -145,8 +145,8 @@ def hooks() -> Iterator[str]:
     yield "`dernkit.api`, the letters of the shapes in [the how-to](../how-to/write-a-plugin.md#the-hooks)."
     yield ""
     yield f"This is version {API_VERSION} of the plugin API. `dernkit_api = {API_VERSION}` in a plugin's module says"
-    yield "that it was written for that version; dernkit refuses a plugin that was written for a newer one than it has. A"
-    yield "hook, or an argument of one, that is to go stays for one version at least: it works as before, and a"
+    yield "that it was written for that version; dernkit refuses a plugin that was written for a newer one than it has."
+    yield "A hook, or an argument of one, that is to go stays for one version at least: it works as before, and a"
     yield "`DeprecatedHookWarning` names the plugin, its line and the replacement."
     for kind in KINDS.values():
         yield from one_hook(kind)
