@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -14,10 +12,18 @@ from typing import Any
 import pluggy
 
 from dernkit import hookspecs
+from dernkit.admission import (
+    broken,
+    check_arguments,
+    check_collision,
+    check_imports,
+    check_named,
+    check_version,
+    naming_deprecated,
+)
 from dernkit.api import API_VERSION
 from dernkit.components import KINDS, Component, Kind, Origin, check_attribute, component_of, provenance_of
-from dernkit.errors import ContractError, DeprecatedHookWarning, PluginError, RecipeError
-from dernkit.imports import private_imports
+from dernkit.errors import ContractError, PluginError, RecipeError
 from dernkit.sentences import did_you_mean
 
 GROUP = "dernkit"
@@ -132,13 +138,13 @@ class Registry:
     def _load_entry_point(self, point: metadata.EntryPoint) -> None:
         origin = Origin(point.name, *_distribution(point))
         try:
-            _check_named(origin)
+            check_named(origin)
             plugin = point.load()
-            _check_imports(origin, plugin)
+            check_imports(origin, plugin)
         except PluginError as problem:
             self.problems.append(problem)
         except (Exception, SystemExit) as error:
-            self.problems.append(_broken(origin, "be importable", error))
+            self.problems.append(broken(origin, "be importable", error))
         else:
             components, problems = self._inspect(plugin, origin)
             self._add(components)
@@ -150,26 +156,27 @@ class Registry:
     def _inspect(self, plugin: Any, origin: Origin) -> tuple[list[Component], list[PluginError]]:
         """The valid components of a plugin and a problem for each of the others."""
         try:
-            _check_named(origin)
-            _check_version(origin, plugin, self._version)
-            self._check_signatures(origin, plugin)
+            check_named(origin)
+            check_version(origin, plugin, self._version)
+            for function, spec in self._implementations(plugin):
+                check_arguments(origin, function, spec)
             self._register_hooks(plugin, origin)
         except PluginError as problem:
             return [], [problem]
         except Exception as error:
-            return [], [_broken(origin, "implement hooks of dernkit as they are specified", error)]
+            return [], [broken(origin, "implement hooks of dernkit as they are specified", error)]
         components: dict[tuple[str, str], Component] = {}
         problems = []
         for kind, hook in self._kinds_by_hook():
             try:
                 classes = self._classes(hook, plugin)
             except (Exception, SystemExit) as error:
-                problems.append(_broken(origin, f"return classes from {hook}()", error))
+                problems.append(broken(origin, f"return classes from {hook}()", error))
                 continue
             for cls in classes:
                 try:
                     component = component_of(kind, cls, provenance_of(cls, origin, getattr(plugin, hook, None)))
-                    _check_collision(self._components | components, component)
+                    check_collision(self._components | components, component)
                     components[component.kind, component.name] = component
                 except PluginError as error:
                     problems.append(error)
@@ -181,24 +188,17 @@ class Registry:
             hooks = [name for name, hook in self._specs.items() if kind.hook in (name, hook.replaced_by)]
             yield from ((kind, name) for name in hooks)
 
-    def _check_signatures(self, origin: Origin, plugin: Any) -> None:
-        """A hook takes nothing: pluggy ignores arguments with a default, or not, depending on its release."""
+    def _implementations(self, plugin: Any) -> Iterator[tuple[Any, hookspecs.Hook]]:
+        """The functions of a plugin that implement a specified hook."""
         for name in dir(plugin):
             options = self._hooks.parse_hookimpl_opts(plugin, name)
-            spec = self._specs.get((options.get("specname") or name) if options else "")
-            if spec is None:
-                continue
-            implementation = getattr(plugin, name)
-            parameters = inspect.signature(implementation).parameters.values()
-            if wrong := [p for p in parameters if p.name not in spec.unused or p.default is not p.empty]:
-                raise PluginError(
-                    f"{_place(implementation)}: {name}() of {origin} must take no arguments. "
-                    f"Got '{wrong[0]}' instead. Remove it."
-                )
+            hook = self._specs.get((options.get("specname") or name) if options else "")
+            if hook is not None:
+                yield getattr(plugin, name), hook
 
     def _register_hooks(self, plugin: Any, origin: Origin) -> None:
         try:
-            with _naming_deprecated(origin):
+            with naming_deprecated(origin):
                 self._hooks.register(plugin, _key(origin))
             self._hooks.check_pending()
         except pluggy.PluginValidationError as error:
@@ -220,70 +220,8 @@ class Registry:
         return found
 
 
-def _check_named(origin: Origin) -> None:
-    if not origin.plugin.strip():
-        raise PluginError(
-            f"plugin of {origin.distribution} {origin.version}: must have a name. Got none instead. "
-            f"Write my-plugin = 'my_module' below [project.entry-points.{GROUP}]."
-        )
-
-
-def _check_imports(origin: Origin, plugin: Any) -> None:
-    for found in private_imports(plugin):
-        raise PluginError(
-            f"{found.file}:{found.line}: {origin} must import nothing private of dernkit. "
-            f"Got '{found.module}' instead. {found.fix}"
-        )
-
-
-def _check_version(origin: Origin, plugin: Any, installed: int) -> None:
-    """``dernkit_api`` says for which version of the plugin API a plugin was written; most do not need to say it."""
-    wanted = getattr(plugin, "dernkit_api", installed)
-    if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
-        raise PluginError(f"{origin} must have a version from 1 up as `dernkit_api`. Got {wanted!r} instead.")
-    if wanted > installed:
-        raise PluginError(
-            f"{origin} must be written for version {installed} of the plugin API, which dernkit "
-            f"{metadata.version('dernkit')} has, or an older one. Got version {wanted} instead. Upgrade dernkit."
-        )
-
-
-@contextmanager
-def _naming_deprecated(origin: Origin) -> Iterator[None]:
-    """Warnings of deprecated hooks, with the plugin in front of the sentence."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", DeprecatedHookWarning)
-        yield
-    for warning in caught:
-        message = warning.message
-        if isinstance(message, DeprecatedHookWarning):
-            message = DeprecatedHookWarning(f"{origin}: {message}")
-        warnings.warn_explicit(message, warning.category, warning.filename, warning.lineno)
-
-
-def _check_collision(components: dict[tuple[str, str], Component], new: Component) -> None:
-    old = components.get((new.kind, new.name))
-    if old is not None:
-        raise PluginError(
-            f"{new.provenance.file}:{new.provenance.line}: {new.kind} '{new.name}' must have one provider. "
-            f"Got {new.provenance.origin} and, before it, {old.provenance.origin} instead. Uninstall or rename one."
-        )
-
-
-def _broken(origin: Origin, must: str, error: BaseException) -> PluginError:
-    detail = f"{type(error).__name__}: {error}".rstrip(".: ")
-    problem = PluginError(f"{origin} must {must}. Got {detail} instead.")
-    problem.__cause__ = error
-    return problem
-
-
 def _key(origin: Origin) -> str:
     return f"{origin.distribution}:{origin.plugin}"
-
-
-def _place(function: Any) -> str:
-    code = inspect.unwrap(function).__code__
-    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def _distribution(point: metadata.EntryPoint) -> tuple[str, str]:
