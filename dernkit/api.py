@@ -34,6 +34,7 @@ from dernkit.types import (
 )
 
 __all__ = [
+    "API_VERSION",
     "Adapter",
     "Architecture",
     "Assigner",
@@ -70,6 +71,9 @@ __all__ = [
 ]
 
 hookimpl = pluggy.HookimplMarker("dernkit")
+
+API_VERSION = 1
+"""Version of hooks and protocols. A plugin module may say for which it was written: ``dernkit_api = 1``."""
 
 
 @runtime_checkable
@@ -129,7 +133,12 @@ class Assigner(Protocol):
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
 
-    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment: ...
+    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
+        """Moves from segments of dropped experts to kept ones, on the CPU, with finite affinities.
+
+        A segment that is not listed is discarded; one that is listed with several targets goes to all of them.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +156,9 @@ class Similarity(Protocol):
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
 
-    def match(self, bank: ExpertBank, dropped: int, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Match: ...
+    def match(self, bank: ExpertBank, dropped: int, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Match:
+        """Finite affinities of the segments of expert ``dropped`` with the experts ``kept``; higher fits better."""
+        ...
 
 
 @runtime_checkable

@@ -173,8 +173,11 @@ def plugins(as_json: bool) -> None:
         {
             "kind": component.kind,
             "name": component.name,
+            "plugin": component.provenance.plugin,
             "distribution": component.provenance.distribution,
             "version": component.provenance.version,
+            "file": component.provenance.file,
+            "line": component.provenance.line,
             "source": f"{Path(component.provenance.file).name}:{component.provenance.line}",
             "summary": component.summary,
         }
@@ -235,7 +238,8 @@ def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_
         raise RecipeError(f"{recipe}: evaluate: must list at least one evaluator. Got none instead.")
     path = resolve(model)
     use_architecture(path, registry.components("architecture"))
-    results = measure(path, bound.evaluators, for_terminal(), what="model", trust_remote_code=trust_remote_code)
+    with registry.naming_plugins():
+        results = measure(path, bound.evaluators, for_terminal(), what="model", trust_remote_code=trust_remote_code)
     click.echo(json.dumps(results, indent=1))
 
 

@@ -181,7 +181,8 @@ class LayerStats:
             known = ", ".join(sorted(self.values)) or "none"
             raise ContractError(
                 f"statistic '{name}': must be declared in the component's `requires` to be collected. "
-                f"Got only {known} instead. Add it to `requires`."
+                f"Got only {known} instead. Add it to `requires`.",
+                law="only_declared_statistics",
             )
         return self.values[name]
 
