@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from dernkit.api import Merge, Router
+from dernkit.api import BiasMerge, Merge, Router
 from dernkit.errors import CheckpointError, ContractError, RecipeError
 from dernkit.kernel.seeding import generator
 from dernkit.kernel.segments import ExpertTensors, finite_segments, split
@@ -92,6 +93,8 @@ def compress_layer(
             where = f"layer {plan.layer}, expert {expert}"
             pool = _pool(bank, plan, expert, arrivals, stats.only(merge.requires) if merge else NO_STATISTICS)
             tensors = split(_merge(pool, merge, width, rng, where), bank)
+            if out.down_bias is not None and len(arrivals) and isinstance(merge, BiasMerge):
+                out.down_bias[position] = _merge_bias(pool, merge, where)
         _put(tensors, out, position)
     return out
 
@@ -156,6 +159,7 @@ def _pool(bank: ExpertBank, plan: LayerPlan, expert: int, arrivals: Int64[Tensor
         incoming_expert=owner,
         act=bank.act,
         stats=stats,
+        down_bias=bank.down_bias,
     )
 
 
@@ -187,6 +191,18 @@ def _merge(
     return merged.to(torch.float32)
 
 
+def _merge_bias(pool: Pool, merge: BiasMerge, where: str) -> Float[Tensor, " hidden"]:
+    bias = merge.merge_bias(pool)
+    hidden = 0 if pool.down_bias is None else pool.down_bias.shape[1]
+    if bias.shape != (hidden,) or not bool(bias.isfinite().all()):
+        content = "other values" if bias.shape != (hidden,) else "NaN or infinity"
+        raise ContractError(
+            f"merge '{merge.name}', {where}: merge_bias must return {hidden} finite numbers. "
+            f"Got {content} of shape {list(bias.shape)} instead. Fix the merge."
+        )
+    return bias
+
+
 def _router_rows(
     bank: ExpertBank, plan: LayerPlan, router: Router, stats: LayerStats
 ) -> tuple[Float[Tensor, "kept router_hidden"], dict[str, Tensor]]:
@@ -196,7 +212,8 @@ def _router_rows(
     """
     bias = None if bank.router_bias is None else bank.per_expert[bank.router_bias]
     before = bank.router if bias is None else torch.cat([bank.router, bias[:, None].to(bank.router)], dim=1)
-    rows = router.update(before.to(torch.float32, copy=True), plan, stats)
+    told = replace(plan, biased_rows=bias is not None)
+    rows = router.update(before.to(torch.float32, copy=True), told, _with_features(bank, stats))
     kept = plan.kept.to(bank.router.device)
     if rows.shape != before[kept].shape or not bool(rows.isfinite().all()):
         content = "other values" if rows.shape != before[kept].shape else "NaN or infinity"
@@ -208,6 +225,14 @@ def _router_rows(
     if bias is None:
         return new, {}
     return new, {str(bank.router_bias): _unless_same(rows[:, -1:], bias[kept, None])[:, 0]}
+
+
+def _with_features(bank: ExpertBank, stats: LayerStats) -> LayerStats:
+    """A router's inputs are what its rows are multiplied with: some families normalise or project them first."""
+    if "sample" not in stats.values or bank.route is None:
+        return stats
+    features = bank.route(stats.router_inputs, None).features
+    return stats if features is None else replace(stats, values={**stats.values, "router_sample": features})
 
 
 def _unless_same(rows: Tensor, old: Tensor) -> Tensor:
