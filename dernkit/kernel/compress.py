@@ -213,7 +213,7 @@ def _router_rows(
     bias = None if bank.router_bias is None else bank.per_expert[bank.router_bias]
     before = bank.router if bias is None else torch.cat([bank.router, bias[:, None].to(bank.router)], dim=1)
     told = replace(plan, biased_rows=bias is not None)
-    rows = router.update(before.to(torch.float32, copy=True), told, _with_features(bank, stats))
+    rows = router.update(before.to(torch.float32, copy=True), told, _with_features(bank, router, stats))
     kept = plan.kept.to(bank.router.device)
     if rows.shape != before[kept].shape or not bool(rows.isfinite().all()):
         content = "other values" if rows.shape != before[kept].shape else "NaN or infinity"
@@ -227,12 +227,17 @@ def _router_rows(
     return new, {str(bank.router_bias): _unless_same(rows[:, -1:], bias[kept, None])[:, 0]}
 
 
-def _with_features(bank: ExpertBank, stats: LayerStats) -> LayerStats:
+def _with_features(bank: ExpertBank, router: Router, stats: LayerStats) -> LayerStats:
     """A router's inputs are what its rows are multiplied with: some families normalise or project them first."""
-    if "sample" not in stats.values or bank.route is None:
+    if "sample" not in router.requires:
         return stats
-    features = bank.route(stats.router_inputs, None).features
-    return stats if features is None else replace(stats, values={**stats.values, "router_sample": features})
+    features = None if bank.route is None else bank.route(stats.router_inputs, None).features
+    if features is None:
+        raise CheckpointError(
+            f"router '{router.name}', layer {bank.dims.layer}: the adapter must tell what the router's rows are "
+            "multiplied with for them to be fitted. Got none instead. Use the router 'additive' or 'average'."
+        )
+    return replace(stats, values={**stats.values, "router_sample": features})
 
 
 def _unless_same(rows: Tensor, old: Tensor) -> Tensor:
