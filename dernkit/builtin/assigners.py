@@ -75,24 +75,27 @@ class Affinity:
             return Assignment.empty()
         width = bank.dims.width
         best = [self._best(bank, expert, kept, stats) for expert in dropped]
-        target, partner, affinity = (torch.cat(column) for column in zip(*best, strict=True))
+        target, partner, affinity, scale = (torch.cat(column) for column in zip(*best, strict=True))
         source = torch.cat([torch.arange(expert * width, (expert + 1) * width) for expert in dropped])
         moving = self._moving(affinity)
-        return Assignment(source[moving], target[moving], partner[moving], affinity[moving])
+        scaled = scale[moving] if bool((scale[moving] != 1).any()) else None
+        return Assignment(source[moving], target[moving], partner[moving], affinity[moving], scaled)
 
     def _best(
         self, bank: ExpertBank, expert: int, kept: Tensor, stats: LayerStats
-    ) -> tuple[Int64[Tensor, " width"], Int64[Tensor, " width"], Float[Tensor, " width"]]:
-        """Target, partner and affinity of every segment of one dropped expert; ties to the lowest target."""
+    ) -> tuple[Int64[Tensor, " width"], Int64[Tensor, " width"], Float[Tensor, " width"], Float[Tensor, " width"]]:
+        """Target, partner, affinity and scale of every segment of one dropped expert; ties to the lowest target."""
         match = self.similarity.match(bank, expert, kept, stats.only(self.similarity.requires))
         self._check(match, bank, len(kept))
         affinity, target = match.affinity.max(dim=1)
         partner = match.partner.gather(1, target[:, None])[:, 0]
-        return target.cpu(), partner.cpu(), affinity.cpu()
+        scale = torch.ones_like(affinity) if match.scale is None else match.scale.gather(1, target[:, None])[:, 0]
+        return target.cpu(), partner.cpu(), affinity.cpu(), scale.cpu()
 
     def _check(self, match: Match, bank: ExpertBank, kept: int) -> None:
         shape = (bank.dims.width, kept)
         fits = match.affinity.shape == shape and match.partner.shape == shape
+        fits = fits and (match.scale is None or match.scale.shape == shape)
         if not fits or not bool(match.affinity.isfinite().all()):
             raise ContractError(
                 f"similarity '{self.similarity.name}', layer {bank.dims.layer}: must return finite affinities "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dernkit.api import Assigner, Budget, Scorer, Selector
 from dernkit.errors import ContractError
+from dernkit.kernel.symmetry import check_scale
 from dernkit.types import Assignment, ExpertBank, LayerDims, LayerPlan, LayerStats, Retention
 
 
@@ -132,6 +133,8 @@ def _check_assignment(moves: Assignment, bank: ExpertBank, kept: Int64[Tensor, "
     from_dropped = ~torch.isin(moves.source // width, kept)
     _check(moves.source, from_dropped, where, "source", "a segment of a dropped expert")
     _check(moves.affinity, moves.affinity.isfinite(), where, "affinity", "finite")
+    if moves.scale is not None:
+        check_scale(moves.scale, len(moves), where)
 
 
 def _check(values: Float[Tensor, " n"] | Int64[Tensor, " n"], legal: Tensor, where: str, name: str, rule: str) -> None:

@@ -81,7 +81,9 @@ def test_lengths_do_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) ->
 def test_default_chunk_stays_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     products = []
     close = matching._close
-    monkeypatch.setattr(matching, "_close", lambda q, c, n: products.append(len(q) * len(c) * 4) or close(q, c, n))
+    monkeypatch.setattr(
+        matching, "_close", lambda q, c, n: products.append(len(q[0]) * len(c[0]) * 4) or close(q, c, n)
+    )
     monkeypatch.setattr(matching, "BUDGET", 4096)
     best_match(normal(100, 3), normal(60, 3))
     assert len(products) > 1 and max(products) <= 4096
