@@ -19,6 +19,7 @@ def activation_rows(
 ) -> Float32[Tensor, "neurons sampled"]:
     """One row for each neuron, its activations; no temporary of all neurons beside the result."""
     step = max(1, BUDGET // (4 * max(len(inputs), 1)))
+    inputs = inputs.to(segments.device)
     return torch.cat([segment_activations(part, act, inputs).T for part in segments.split(step)])
 
 
