@@ -129,13 +129,13 @@ def _match_chunk(
     unit_queries = [_unit(query, norm) for query, norm in zip(queries, each, strict=True)]
     query, candidate = _close(unit_queries, units, query_norms > 0)
     candidate = live[candidate]
-    dots = reduce(torch.mul, [_paired(*both, query, candidate) for both in zip(queries, candidates, strict=True)])
+    products = reduce(torch.mul, [_paired(*both, query, candidate) for both in zip(queries, candidates, strict=True)])
     scale = query_norms[query] * norms[candidate]
-    cosines = torch.where(scale > 0, dots / scale, 0.0).clamp(-1, 1).to(torch.float32)
+    found = torch.where(scale > 0, products / scale, 0.0).clamp(-1, 1).to(torch.float32)
     value = torch.zeros(len(query_norms), device=norms.device)
-    value.scatter_reduce_(0, query, cosines, "amax", include_self=False)
+    value.scatter_reduce_(0, query, found, "amax", include_self=False)
     index = torch.zeros(len(query_norms), dtype=torch.int64, device=norms.device)
-    best = cosines == value[query]
+    best = found == value[query]
     index.scatter_reduce_(0, query[best], candidate[best], "amin", include_self=False)
     return value, index
 
@@ -149,8 +149,8 @@ def _paired(queries: Tensor, candidates: Tensor, query: Tensor, candidate: Tenso
 
 def _close(queries: Sequence[Tensor], candidates: Sequence[Tensor], nonzero: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs of unit vectors that may be a query's best, ordered by query; none for a zero query."""
-    cosines = reduce(torch.mul, [one @ other.T for one, other in zip(queries, candidates, strict=True)])
-    close = cosines >= cosines.amax(1, keepdim=True) - SCREEN
+    screen = reduce(torch.mul, [one @ other.T for one, other in zip(queries, candidates, strict=True)])
+    close = screen >= screen.amax(1, keepdim=True) - SCREEN
     query, candidate = (close & nonzero[:, None]).nonzero(as_tuple=True)
     return query, candidate
 
