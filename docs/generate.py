@@ -1,5 +1,5 @@
-"""Writes the reference pages that follow from the code (`reference/components.md`, `reference/cli.md`), from the recipes
-(`reference/recipes.md`), or from the last runs of `make record-clients` (`reference/clients.md`) and `make
+"""Writes the reference pages that follow from the code (`reference/components.md`, `reference/cli.md`), from the
+recipes (`reference/recipes.md`), or from the last runs of `make record-clients` (`reference/clients.md`) and `make
 record-families` (`reference/architectures.md`).
 
     python docs/generate.py
@@ -141,22 +141,18 @@ def commands() -> Iterator[str]:
 def recipes() -> Iterator[str]:
     """What every shipped recipe is for, from its header, and the components that it names."""
     yield from (NOTE, "# The recipes", "")
-    yield "Each keeps half of the experts and calibrates on `calibration.txt` beside it, a file that you provide (or name"
-    yield "another with `--set calibrate.source.path=…`). The headers of the files say how to run them and what to expect."
-    yield "A test runs every one of them. Those of a plugin need it installed."
+    yield "Each keeps half of the experts and calibrates on `calibration.txt` beside it, a file that you provide (or"
+    yield "name another with `--set calibrate.source.path=…`). The files say in their headers how to run them and what"
+    yield "to expect. A test runs every one of them. Those of a plugin need it installed."
     columns = ("recipe", "purpose", "score", "budget", "select", "assign", "merge", "router")
     yield from ("", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|")
     for path in [*sorted(ROOT.glob("recipes/*.yaml")), *sorted(ROOT.glob("plugins/*/recipes/*.yaml"))]:
         place = path.name if path.parent.parent == ROOT else str(path.relative_to(ROOT))
         text = path.read_text(encoding="utf-8")
         data = yaml.safe_load(text)
-        plan, how = data["plan"], data.get("apply", {})
-        parts = [
-            *(plan.get(key) for key in ("score", "budget", "select", "assign")),
-            how.get("merge"),
-            how.get("router"),
-        ]
-        words = [f"`{place}`", cell(purpose(text)), *(used(part) for part in parts)]
+        how = data["plan"] | data.get("apply", {})
+        words = [f"`{place}`", cell(purpose(text))]
+        words += [used(how.get(key)) for key in ("score", "budget", "select", "assign", "merge", "router")]
         yield "| " + " | ".join(words) + " |"
 
 
