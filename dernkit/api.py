@@ -59,6 +59,7 @@ __all__ = [
     "Pool",
     "RecipeError",
     "Report",
+    "Rescaling",
     "Retention",
     "Router",
     "Routing",
@@ -148,6 +149,8 @@ class Match:
 
     affinity: Float[Tensor, "width kept"]
     partner: Int64[Tensor, "width kept"]
+    scale: Float[Tensor, "width kept"] | None = None
+    """What `Assignment.scale` becomes; None: 1."""
 
 
 @runtime_checkable
@@ -171,6 +174,17 @@ class Pairwise(Protocol):
 
     def pairs(self, bank: ExpertBank, dropped: int, other: int, stats: LayerStats) -> Float[Tensor, "width width"]:
         """Affinity of neuron i of expert ``dropped`` (row) and neuron j of expert ``other`` (column), float32."""
+        ...
+
+
+@runtime_checkable
+class Rescaling(Protocol):
+    """A similarity that compares neurons up to ``(u, d) → (c u, d / c)``, and can say which c it means."""
+
+    def scale(
+        self, bank: ExpertBank, dropped: int, other: int, partner: Int64[Tensor, " width"], stats: LayerStats
+    ) -> Float[Tensor, " width"] | None:
+        """`Match.scale` for each neuron of ``dropped`` and its ``partner`` in ``other``; None: 1."""
         ...
 
 

@@ -240,6 +240,9 @@ class Assignment:
     partner: Int64[Tensor, " moves"]
     """Neuron of the target expert that it matched best."""
     affinity: Float[Tensor, " moves"]
+    scale: Float[Tensor, " moves"] | None = None
+    """The c by which each segment's up part is multiplied and its down part divided before it is merged, which leaves
+    its own output as it is but makes it more like its partner; None: 1 for all."""
 
     @staticmethod
     def empty() -> Assignment:

@@ -74,19 +74,21 @@ class Affinity:
             return Assignment.empty()
         width = bank.dims.width
         best = [self._best(bank, expert, kept, stats) for expert in dropped]
-        target, partner, affinity = (torch.cat(column) for column in zip(*best, strict=True))
+        target, partner, affinity, scale = (torch.cat(column) for column in zip(*best, strict=True))
         source = torch.cat([torch.arange(expert * width, (expert + 1) * width) for expert in dropped])
         moving = self._moving(affinity)
-        return Assignment(source[moving], target[moving], partner[moving], affinity[moving])
+        scaled = scale[moving] if bool((scale[moving] != 1).any()) else None
+        return Assignment(source[moving], target[moving], partner[moving], affinity[moving], scaled)
 
     def _best(
         self, bank: ExpertBank, expert: int, kept: Tensor, stats: LayerStats
-    ) -> tuple[Int64[Tensor, " width"], Int64[Tensor, " width"], Float[Tensor, " width"]]:
-        """Target, partner and affinity of every segment of one dropped expert; ties to the lowest target."""
+    ) -> tuple[Int64[Tensor, " width"], Int64[Tensor, " width"], Float[Tensor, " width"], Float[Tensor, " width"]]:
+        """Target, partner, affinity and scale of every segment of one dropped expert; ties to the lowest target."""
         match = calls.match(self.similarity, bank, expert, kept, stats)
         affinity, target = match.affinity.max(dim=1)
         partner = match.partner.gather(1, target[:, None])[:, 0]
-        return target.cpu(), partner.cpu(), affinity.cpu()
+        scale = torch.ones_like(affinity) if match.scale is None else match.scale.gather(1, target[:, None])[:, 0]
+        return target.cpu(), partner.cpu(), affinity.cpu(), scale.cpu()
 
     def _moving(self, affinity: Float[Tensor, " segments"]) -> Int64[Tensor, " moves"]:
         """Positions of the segments that move, ascending."""

@@ -3,6 +3,9 @@
 ==============  =========================================================================
 `selection`     which experts stay; what a model allows
 `matching`      best cosine of every segment among others, exact ties, bounded memory
+`one_to_one`    one-to-one matchings of the greatest total affinity
+`correlation`   activations as vectors whose cosines are correlations
+`symmetry`      changes of a neuron that leave its output as it is
 `clustering`    spherical weighted k-means (DERN, arXiv 2509.10377, step 3)
 `segments`      segments back into gate, up and down tensors
 `outputs`       what experts and neurons do on sampled inputs

@@ -107,7 +107,15 @@ def assign(assigner: Assigner, bank: ExpertBank, retention: Retention, stats: La
     call.each(moves.source, dropped, "source", "a segment of a dropped expert")
     _on_cpu(call, call.tensor(moves.affinity, "affinity", (count,), *FLOATING), "affinity")
     call.finite(moves.affinity, "affinity")
+    if moves.scale is not None:
+        _on_cpu(call, _check_scale(call, moves.scale, (count,)), "scale")
     return moves
+
+
+def _check_scale(call: Call, scale: Any, shape: tuple[int, ...]) -> Tensor:
+    call.finite(call.tensor(scale, "scale", shape, *FLOATING), "scale")
+    call.each(scale, scale != 0, "scale", "other than 0")
+    return scale
 
 
 def match(
@@ -121,6 +129,8 @@ def match(
     call.finite(call.tensor(found.affinity, "affinity", shape, *FLOATING), "affinity")
     partner = call.tensor(found.partner, "partner", shape, torch.int64)
     call.each(partner, (partner >= 0) & (partner < shape[0]), "partner", f"in [0, {shape[0]})")
+    if found.scale is not None:
+        _check_scale(call, found.scale, shape)
     return found
 
 

@@ -15,6 +15,7 @@ from dernkit.kernel import calls
 from dernkit.kernel.contracts import Call
 from dernkit.kernel.seeding import generator
 from dernkit.kernel.segments import ExpertTensors, finite_segments, split
+from dernkit.kernel.symmetry import rescaled
 from dernkit.kernel.tables import remap
 from dernkit.types import CompressedLayer, ExpertBank, LayerPlan, LayerStats, Pool
 
@@ -147,6 +148,8 @@ def _pool(bank: ExpertBank, plan: LayerPlan, expert: int, arrivals: Int64[Tensor
     incoming = own.new_empty(len(arrivals), *own.shape[1:])
     for donor in owner.unique().tolist():
         incoming[owner == donor] = finite_segments(bank, donor)[neuron[owner == donor]]
+    if plan.assignment.scale is not None:
+        incoming = rescaled(incoming, plan.assignment.scale[arrivals].to(incoming))
     weights = plan.scores.clamp(min=0).to(own.device, torch.float32)
     if not bool(weights[expert] + weights[owner].sum()):
         weights = torch.ones_like(weights)

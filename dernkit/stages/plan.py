@@ -25,7 +25,7 @@ from dernkit.progress import Progress
 from dernkit.sentences import reason
 from dernkit.types import Assignment, LayerPlan, LayerStats
 
-_MOVES = ("source", "target", "partner", "affinity")
+_MOVES = ("source", "target", "partner", "affinity", "scale")
 _GROUPS = ("respect", "collapse")
 
 
@@ -137,7 +137,10 @@ def save_plan(
     Both carry the ``key`` of ``header``, so that files of two plans are not taken for one.
     """
     moves = {
-        f"layers.{plan.layer}.{name}": getattr(plan.assignment, name).contiguous() for plan in plans for name in _MOVES
+        f"layers.{plan.layer}.{name}": value.contiguous()
+        for plan in plans
+        for name in _MOVES
+        if (value := getattr(plan.assignment, name)) is not None
     }
     moves |= {f"layers.{plan.layer}.kept": plan.kept for plan in plans}
     save_file(moves, folder / "plan.safetensors", metadata={"key": str(header["key"])})
@@ -197,7 +200,9 @@ def load_plan(folder: Path) -> list[LayerPlan]:
 
 
 def _layer_plan(layer: int, item: Mapping[str, Any], file: Any) -> LayerPlan:
-    moves = Assignment(*(file.get_tensor(f"layers.{layer}.{name}") for name in _MOVES))
+    names = {name: f"layers.{layer}.{name}" for name in _MOVES}
+    stored = set(file.keys())
+    moves = Assignment(**{name: file.get_tensor(at) for name, at in names.items() if name != "scale" or at in stored})
     planned = file.get_tensor(f"layers.{layer}.kept").tolist()
     if len(moves) and item["kept"] != planned:
         raise CheckpointError(
