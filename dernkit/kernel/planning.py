@@ -75,7 +75,9 @@ def plan_from_scores(
     if kept_count == dims.experts:
         return LayerPlan(dims.layer, dims.experts, dims.width, scores, torch.arange(dims.experts), Assignment.empty())
     retention = selector.select(bank, scores, kept_count, stats.only(selector.requires))
-    _check_retention(retention, bank.dims, scores, kept_count, f"selector '{selector.name}', layer {dims.layer}")
+    where = f"selector '{selector.name}', layer {dims.layer}"
+    _check_retention(retention, dims, scores, kept_count, where)
+    _check_groups(retention, dims, selector.groups, where)
     assignment = Assignment.empty()
     if assigner is not None:
         assignment = assigner.assign(bank, retention, stats.only(assigner.requires))
@@ -101,11 +103,17 @@ def _check_retention(found: Retention, dims: LayerDims, scores: Tensor, count: i
         raise ContractError(
             f"{where}: must hand on the scores that it was given. Got others instead. Fix the selector."
         )
-    group, own = found.group, torch.arange(count)
+
+
+def _check_groups(found: Retention, dims: LayerDims, wanted: bool, where: str) -> None:
+    group, count = found.group, len(found.kept)
+    if (group is not None) != wanted:
+        must, got = ("groups", "none") if wanted else ("no groups", "some")
+        raise ContractError(f"{where}: must return {must}, as its `groups` says. Got {got} instead. Fix the selector.")
     if group is not None and (
         group.shape != (dims.experts,)
         or group.dtype != torch.int64
-        or not torch.equal(group[kept], own)
+        or not torch.equal(group[found.kept], torch.arange(count))
         or bool(((group < -1) | (group >= count)).any())
     ):
         raise ContractError(
