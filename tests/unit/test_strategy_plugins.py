@@ -1,4 +1,4 @@
-"""The strategy plugins, installed into fresh environments as a stranger would: they run, and when they go it is said."""
+"""The strategy plugins, installed into fresh environments as a stranger would, run, and uninstalled again."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ PLUGINS = Path(__file__).parents[2] / "plugins"
 STRATEGIES = {
     "dernkit-hc-smoe": (["selector agglomerative"], "hc-smoe", "plan.select.use: unknown selector 'agglomerative'."),
     "dernkit-shape": (
-        ["budget coverage", "scorer coalition-shapley"],
+        ["scorer coalition-shapley", "budget coverage"],
         "shape",
         "plan.score.use: unknown scorer 'coalition-shapley'.",
     ),
