@@ -118,10 +118,14 @@ class Budget(Protocol):
 
 @runtime_checkable
 class Selector(Protocol):
-    """Which experts of one layer stay, once it is known how many, and which belong together."""
+    """Which experts of one layer stay, once it is known how many, and which belong together.
+
+    ``groups``: when true, what it returns has groups (:attr:`Retention.group`).
+    """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
+    groups: ClassVar[bool]
 
     def select(self, bank: ExpertBank, scores: Float[Tensor, " experts"], count: int, stats: LayerStats) -> Retention:
         """``count`` experts, as many from each of the router's groups, with the ``scores`` it was given."""
@@ -130,10 +134,14 @@ class Selector(Protocol):
 
 @runtime_checkable
 class Assigner(Protocol):
-    """Which segments of the dropped experts go to which kept expert."""
+    """Which segments of the dropped experts go to which kept expert.
+
+    ``needs_groups``: when true, it carries out the groups of a selector, and recipes must name one that groups.
+    """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
+    needs_groups: ClassVar[bool]
 
     def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
         """Moves from segments of dropped experts to kept ones, on the CPU, with finite affinities.

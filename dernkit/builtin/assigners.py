@@ -34,6 +34,7 @@ class NoMoves:
 
     name: ClassVar[str] = "none"
     requires: ClassVar[frozenset[str]] = frozenset()
+    needs_groups: ClassVar[bool] = False
 
     def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
         return Assignment.empty()
@@ -45,6 +46,7 @@ class Affinity:
     """Each segment goes to the kept expert with its best match, if that is good enough; DERN (2509.10377) step 2."""
 
     name: ClassVar[str] = "affinity"
+    needs_groups: ClassVar[bool] = False
 
     similarity: Similarity = field(default_factory=Cosine)
     """How well a segment fits to the neurons of a kept expert."""

@@ -74,6 +74,9 @@ def select(
     call.tensor(found.scores, "scores", tuple(scores.shape), torch.float64)
     if not torch.equal(found.scores.cpu(), scores.cpu()):
         raise call.broken("keeps_scores", "scores must be those that it was given", "others")
+    if (found.group is not None) != selector.groups:
+        must, got = ("groups", "none") if selector.groups else ("no groups", "some")
+        raise call.broken("groups_as_said", f"select must return {must}, as its `groups` says", got)
     if found.group is not None:
         _on_cpu(call, call.tensor(found.group, "group", (bank.dims.experts,), torch.int64), "group")
         call.each(found.group, (found.group >= -1) & (found.group < count), "group", f"from -1 to {count - 1}")

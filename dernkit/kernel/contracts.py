@@ -30,6 +30,7 @@ LAWS: Mapping[str, str] = {
     "finite": "returns finite numbers, also for an expert that saw no token",
     "in_range": "returns numbers of experts, neurons, tokens and layers that exist, and counts that are allowed",
     "keeps_scores": "hands on the scores that it was given",
+    "groups_as_said": "groups experts if and only if its `groups` is true",
     "own_group": "groups every kept expert with itself",
 }
 """Laws that hold at every call, by the id that errors and the conformance kit name."""
@@ -41,7 +42,7 @@ _TENSORS = (*_READING, "shape", "dtype", "finite")
 LAWS_OF: Mapping[str, tuple[str, ...]] = {
     "scorer": _TENSORS,
     "budget": (*_READING, "finite", "in_range"),
-    "selector": (*_READING, "shape", "dtype", "device", "in_range", "keeps_scores", "own_group"),
+    "selector": (*_READING, "shape", "dtype", "device", "in_range", "keeps_scores", "groups_as_said", "own_group"),
     "assigner": (*_TENSORS, "device", "in_range"),
     "similarity": (*_TENSORS, "in_range"),
     "merge": _TENSORS,

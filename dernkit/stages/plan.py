@@ -87,7 +87,7 @@ def plan_blocks(
         ContractError: a component broke its contract.
         CheckpointError: the router of some layer does not allow the count asked for.
     """
-    again = decisions.assigner is not None or bool(decisions.selector.requires)
+    again = decisions.assigner is not None or decisions.selector.groups or bool(decisions.selector.requires)
     passes = 1 + again
     with progress.track("plan", passes * len(blocks), "layers") as tracker:
         scores, measures = [], []

@@ -30,6 +30,8 @@ class Actor:
     name: ClassVar[str] = "actor"
     requires: ClassVar[frozenset[str]] = frozenset({"routed"})
     widens: ClassVar[bool] = False
+    groups: ClassVar[bool] = True
+    needs_groups: ClassVar[bool] = False
     filename: ClassVar[str] = "actor.txt"
 
     def _do(self, *inputs: Any) -> Any:
@@ -133,11 +135,15 @@ def kept(*experts: int, **values: Any) -> Any:
     return past(retained(bank(), [0, 2]), **{"scores": scores(), "kept": torch.tensor(experts)} | values)
 
 
+def good_groups(given: torch.Tensor) -> Retention:
+    return Retention(given, torch.tensor([0, 2]), torch.tensor([0, 0, 1, -1]))
+
+
 DO: Mapping[str, tuple[str, Callable[[Actor], Any], Deed]] = {
     "score": ("scorer", do_score, lambda bank, stats: scores()),
     "measure": ("budget", do_measure, lambda *inputs: torch.empty(0)),
     "allocate": ("budget", do_allocate, lambda *inputs: [2, 4]),
-    "select": ("selector", do_select, lambda bank, scores, count, stats: Retention(scores, torch.tensor([0, 2]))),
+    "select": ("selector", do_select, lambda bank, scores, count, stats: good_groups(scores)),
     "assign": ("assigner", do_assign, lambda *inputs: good_moves()),
     "match": ("similarity", do_match, lambda *inputs: matched()),
     "pairs": ("similarity", do_pairs, lambda *inputs: torch.zeros(WIDTH, WIDTH)),
@@ -202,6 +208,7 @@ BREAKS = [
     ("select", "in_range", lambda *_: kept(2, 0), r"\[2, 0\]"),
     ("select", "in_range", lambda *_: kept(-1, 0), r"\[-1, 0\]"),
     ("select", "keeps_scores", lambda *_: kept(0, 2, scores=scores() + 1), "others"),
+    ("select", "groups_as_said", lambda *_: kept(0, 2), "none"),
     ("select", "own_group", lambda *_: kept(0, 2, group=torch.tensor([1, 0, 0, -1])), r"\[1, 0\]"),
     ("select", "in_range", lambda *_: kept(0, 2, group=torch.tensor([0, 2, 1, -1])), r"2 at \[1\]"),
     ("select", "shape", lambda *_: kept(0, 2, group=torch.tensor([0, 1])), r"int64 \[2\]"),

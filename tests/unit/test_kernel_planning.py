@@ -25,6 +25,7 @@ class Scripted:
 
     result: Callable[[LayerStats], object]
     name: ClassVar[str] = "scripted"
+    needs_groups: ClassVar[bool] = False
     requires: frozenset[str] = field(default=frozenset())
 
     def score(self, bank: ExpertBank, stats: LayerStats) -> torch.Tensor:
