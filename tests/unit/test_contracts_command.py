@@ -272,7 +272,7 @@ def test_an_adapter_that_raises_is_named(installed: Install, bench: Workbench, c
     result = run(bench) if command == "run" else CliRunner().invoke(main, ["inspect", str(bench.model)])
     assert said(result, 4) == (
         "plugin 'an-adapter-plugin' (an-adapter 3.1), adapter 'my-family': blocks must raise nothing but a "
-        "DernkitError (law no_exception). Got AttributeError: 'MixtralForCausalLM' object has no attribute 'no_such_attribute' "
-        "instead. Fix the plugin, or uninstall it."
+        "DernkitError (law no_exception). Got AttributeError: 'MixtralForCausalLM' object has no attribute "
+        "'no_such_attribute' instead. Fix the plugin, or uninstall it."
     )
     assert not bench.out.exists()
