@@ -39,6 +39,7 @@ __all__ = [
     "Architecture",
     "Assigner",
     "Assignment",
+    "BiasMerge",
     "Block",
     "Budget",
     "CheckpointError",
@@ -191,6 +192,20 @@ class Merge(Protocol):
 
 
 @runtime_checkable
+class BiasMerge(Protocol):
+    """A merge that also says what becomes of a kept expert's down bias, which no segment carries.
+
+    Not a kind of its own: where a merge class has no `merge_bias`, each expert keeps its own bias.
+    """
+
+    name: ClassVar[str]
+
+    def merge_bias(self, pool: Pool) -> Float[Tensor, " hidden"]:
+        """The new bias, float64. Called only where something arrives and `Pool.down_bias` is there."""
+        ...
+
+
+@runtime_checkable
 class Router(Protocol):
     """How the kept experts' router rows follow from the moves."""
 
@@ -202,8 +217,9 @@ class Router(Protocol):
     ) -> Float[Tensor, "kept row"]:
         """New rows. A row that the method does not change must keep its bits (float32 in, float32 out).
 
-        Where the family adds a bias to the logits, it is the last feature of each row. Correction biases, which take
-        part in the choice alone, are not in the rows: they are sliced.
+        Where the family adds a bias to the logits, it is the last feature of each row, and `LayerPlan.biased_rows` is
+        true. Correction biases, which take part in the choice alone, are not in the rows: they are sliced.
+        ``stats.router_inputs`` are what the rows are multiplied with, after any norm or projection of the router's own.
         """
         ...
 

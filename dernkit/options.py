@@ -110,7 +110,12 @@ def _number(annotation: type, metadata: tuple[Any, ...]) -> Number:
             f"must have a finite lower and upper bound. Got a free {name} instead. "
             f"Write Annotated[{name}, Interval(ge=..., le=...)]."
         )
-    return Number(annotation is int, low[0], high[0], low[1], high[1])  # type: ignore[arg-type]
+    return Number(annotation is int, _plain(low[0]), _plain(high[0]), low[1], high[1])
+
+
+def _plain(bound: Any) -> int | float:
+    """1 for 1.0: typing caches annotations by equality, so that either may come for the other."""
+    return int(bound) if float(bound).is_integer() else float(bound)
 
 
 def _bounds(metadata: tuple[Any, ...]) -> Iterator[Any]:

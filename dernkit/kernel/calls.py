@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dernkit.api import (
     Assigner,
+    BiasMerge,
     Budget,
     Evaluator,
     KeepLimits,
@@ -151,6 +152,13 @@ def merge(merge: Merge, pool: Pool, width: int, rng: torch.Generator, layer: int
             "'spherical-kmeans'."
         )
     return call.finite(merged, what)
+
+
+def merge_bias(merge: BiasMerge, pool: Pool, layer: int) -> Float64[Tensor, " hidden"]:
+    """The merged expert's down bias, by a merge that says what becomes of it."""
+    call, what = Call("merge", merge, layer), f"the down bias of expert {pool.expert}"
+    shape = None if pool.down_bias is None else (pool.down_bias.shape[1],)
+    return call.finite(call.tensor(call("merge_bias", pool=pool), what, shape, torch.float64), what)
 
 
 def update(

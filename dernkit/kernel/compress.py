@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dernkit.api import Merge, Router
+from dernkit.api import BiasMerge, Merge, Router
 from dernkit.errors import CheckpointError, RecipeError
 from dernkit.kernel import calls
 from dernkit.kernel.contracts import Call
@@ -94,6 +95,8 @@ def compress_layer(
             pool = _pool(bank, plan, expert, arrivals, Call("merge", merge, plan.layer).seen(stats))
             rng = generator(rng_seed, plan.layer, expert)
             tensors = split(calls.merge(merge, pool, width, rng, plan.layer), bank)
+            if out.down_bias is not None and len(arrivals) and isinstance(merge, BiasMerge):
+                out.down_bias[position] = calls.merge_bias(merge, pool, plan.layer)
         _put(tensors, out, position)
     return out
 
@@ -158,6 +161,7 @@ def _pool(bank: ExpertBank, plan: LayerPlan, expert: int, arrivals: Int64[Tensor
         incoming_expert=owner,
         act=bank.act,
         stats=stats,
+        down_bias=bank.down_bias,
     )
 
 
@@ -179,12 +183,26 @@ def _router_rows(
     """
     bias = None if bank.router_bias is None else bank.per_expert[bank.router_bias]
     before = bank.router if bias is None else torch.cat([bank.router, bias[:, None].to(bank.router)], dim=1)
-    rows = calls.update(router, before.to(torch.float32, copy=True), plan, stats)
+    told = replace(plan, biased_rows=bias is not None)
+    rows = calls.update(router, before.to(torch.float32, copy=True), told, _with_features(bank, router, stats))
     kept = plan.kept.to(bank.router.device)
     new = _unless_same(rows[:, : bank.router.shape[1]], bank.router[kept])
     if bias is None:
         return new, {}
     return new, {str(bank.router_bias): _unless_same(rows[:, -1:], bias[kept, None])[:, 0]}
+
+
+def _with_features(bank: ExpertBank, router: Router, stats: LayerStats) -> LayerStats:
+    """A router's inputs are what its rows are multiplied with: some families normalise or project them first."""
+    if "sample" not in router.requires:
+        return stats
+    features = None if bank.route is None else bank.route(stats.router_inputs, None).features
+    if features is None:
+        raise CheckpointError(
+            f"router '{router.name}', layer {bank.dims.layer}: the adapter must tell what the router's rows are "
+            "multiplied with for them to be fitted. Got none instead. Use the router 'additive' or 'average'."
+        )
+    return replace(stats, values={**stats.values, "router_sample": features})
 
 
 def _unless_same(rows: Tensor, old: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from dernkit.errors import CheckpointError
 from dernkit.models.layout import Layout
 from dernkit.models.stubs import stubbed
-from dernkit.types import LayerDims, Route, Routing
+from dernkit.types import ExpertBank, LayerDims, Route, Routing
 
 
 class Routable(Protocol):
@@ -48,13 +48,14 @@ class _Masked(TorchFunctionMode):
         self._shapes = (tuple(shape), tuple(shape[::-1]))
         self._masked = masked
         self.logits: Tensor | None = None
+        self.features: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor) and tuple(args[1].shape) in self._shapes:
             out = out.clone()
             out[..., self._masked] = -torch.inf
-            self.logits = out.flatten(0, -2)
+            self.logits, self.features = out.flatten(0, -2), args[0].flatten(0, -2)
         return out
 
 
@@ -93,6 +94,11 @@ def route_of(block: Routable, alone: Callable[[], bool], scale: Callable[[], flo
                 f"layer {block.dims.layer}: experts must be chosen by a router for tokens to be routed again. Got a "
                 f"table of token ids instead. Use components that do not route again, such as scorer 'reap'."
             )
+        if inputs.shape[-1] == 0:
+            raise CheckpointError(
+                f"layer {block.dims.layer}: tokens must be routed by their hidden states alone to be routed again. Got "
+                f"a router that reads more instead. Use components that do not route again, such as scorer 'reap'."
+            )
         if not copies:
             copies.append(_copy(block, ones))
         return _routed(block, copies[0], inputs, experts, alone(), scale())
@@ -100,9 +106,28 @@ def route_of(block: Routable, alone: Callable[[], bool], scale: Callable[[], flo
     return route
 
 
+def routes_again(bank: ExpertBank, inputs: Tensor, chosen: Tensor, coefficients: Tensor) -> bool:
+    """Whether `ExpertBank.route` gives what the block did with these inputs; near-ties may fall otherwise.
+
+    It does not where the router reads more than the hidden states (in ZAYA, the state of the router before it).
+    """
+    if bank.tables or bank.route is None:
+        return False
+    found = bank.route(inputs, None)
+    size = max(bank.dims.experts, int(chosen.max()) + 1, int(found.chosen.max()) + 1)
+    dense = torch.zeros(2, len(inputs), size)
+    dense[0].scatter_add_(1, chosen, coefficients.to(torch.float32))
+    dense[1].scatter_add_(1, found.chosen, found.coefficients)
+    differ = (dense[0] - dense[1]).abs().amax(dim=1) > 0.05 * dense[0].amax(dim=1)
+    return float(differ.to(torch.float32).mean()) < 0.05
+
+
 def _copy(block: Routable, ones: Mapping[str, Any]) -> Any:
     with stubbed(block.module, block.experts_below, block.layout):
         module = copy.deepcopy(block.module).eval()
+    for inner in module.modules():  # those that watch the block while it is calibrated would watch the copy too
+        inner._forward_hooks.clear()
+        inner._forward_pre_hooks.clear()
     for path, names in ones.items():
         for name in names:
             setattr(module.get_submodule(path), name, 1)
@@ -132,7 +157,10 @@ def _routed(block: Routable, module: Any, inputs: Tensor, experts: Tensor | None
         )
     coefficients = coefficients.to(torch.float32) * scale
     return Routing(
-        chosen.reshape(len(inputs), -1), coefficients.reshape(len(inputs), -1), mode.logits[:, :count].float()
+        chosen.reshape(len(inputs), -1),
+        coefficients.reshape(len(inputs), -1),
+        mode.logits[:, :count].float(),
+        mode.features,
     )
 
 

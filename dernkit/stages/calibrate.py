@@ -16,6 +16,7 @@ from dernkit.api import Block
 from dernkit.errors import CheckpointError
 from dernkit.kernel.statistics import Accumulator
 from dernkit.models.replay import Loader, replay
+from dernkit.models.rerouting import routes_again
 from dernkit.models.source import SourceModel
 from dernkit.models.stack import Stack, decoder_stack
 from dernkit.progress import Progress
@@ -103,6 +104,8 @@ class Collector:
         first_token: int = 0,
     ) -> None:
         self._blocks = {block.layer: block for block in blocks}
+        self._reroutable: dict[int, bool] = {}
+        """By layer: whether what a router does follows from what it was seen to get."""
         if len(self._blocks) != len(blocks):
             raise CheckpointError(
                 "calibration: a decoder layer must have one MoE block. Got a layer with several instead."
@@ -142,8 +145,13 @@ class Collector:
 
         def add(inputs: Tensor, chosen: Tensor, coefficients: Tensor) -> None:
             router_inputs = seen.pop() if seen else None
-            if router_inputs is not None and torch.equal(router_inputs, inputs):
-                router_inputs = None
+            if router_inputs is not None:
+                if layer not in self._reroutable:
+                    self._reroutable[layer] = routes_again(bank, router_inputs, chosen, coefficients)
+                if not self._reroutable[layer]:
+                    router_inputs = router_inputs[:, :0]
+                elif torch.equal(router_inputs, inputs):
+                    router_inputs = None
             accumulator.update(bank, inputs, chosen, coefficients, router_inputs)
 
         handles = [block.on_routing(add)]

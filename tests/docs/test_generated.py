@@ -26,7 +26,9 @@ def generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["components.md", "hooks.md", "cli.md", "clients.md", "architectures.md"])
+@pytest.mark.parametrize(
+    "page", ["components.md", "hooks.md", "cli.md", "recipes.md", "clients.md", "architectures.md"]
+)
 def test_the_page_is_not_stale(page: str, registry: Registry) -> None:
     written = (ROOT / "docs/reference" / page).read_text(encoding="utf-8")
     assert generator().pages(registry)[page] == written, "run: python docs/generate.py"
