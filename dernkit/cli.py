@@ -96,8 +96,9 @@ def inspect(model: str, as_json: bool, explain: bool, trust_remote_code: bool) -
     if explain:
         _explain(path, adapters, trust_remote_code)
         return
-    source = open_source(path, adapters, trust_remote_code=trust_remote_code)
-    facts = describe(source) | abilities(source)
+    with registry.naming_plugins():
+        source = open_source(path, adapters, trust_remote_code=trust_remote_code)
+        facts = describe(source) | abilities(source)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return

@@ -50,8 +50,9 @@ LAWS_OF: Mapping[str, tuple[str, ...]] = {
     "source": (*_ALWAYS, "shape", "dtype"),
     "evaluator": _ALWAYS,
     "report": _ALWAYS,
+    "adapter": ("no_exception",),
 }
-"""Kind -> the laws that its components are held to; kinds that are not here describe models."""
+"""Kind -> the laws that its components are held to. What an adapter returns is held against the model's own forward."""
 
 _READERS = ("source", "evaluator")
 """Kinds that read files: what the disk does is not their fault."""
@@ -110,12 +111,12 @@ class Call:
         return ContractError(sentence, law=law).by(self.where, self.kind, self.component.name, self.layer)
 
     def seen(self, stats: LayerStats) -> LayerStats:
-        """The statistics that the component declares, and no others.
+        """The statistics that the component and those that it holds declare, and no others.
 
         Raises:
             CheckpointError: some of them were not collected.
         """
-        requires = self.component.requires
+        requires = _requires(self.component)
         if missing := sorted(requires - stats.values.keys()):
             there = ", ".join(sorted(stats.values)) or "none"
             raise CheckpointError(
@@ -157,6 +158,12 @@ class Call:
         if not bool(legal.all()):
             place = (~legal).nonzero()[0].tolist()
             raise self.broken("in_range", f"{what} must be {rule}", f"{value[tuple(place)].item()} at {place}")
+
+
+def _requires(component: Any) -> frozenset[str]:
+    """As the registry has it, so that calibration collects what is asked for here."""
+    held = (getattr(component, name) for name in getattr(component, "__dataclass_fields__", ()))
+    return component.requires.union(*(_requires(part) for part in held if hasattr(part, "requires")))
 
 
 def described(value: Any) -> str:

@@ -265,7 +265,8 @@ def test_a_component_that_breaks_a_law_is_named_with_the_law_and_the_layer(
 
 def test_every_law_of_every_kind_has_a_component_that_breaks_it() -> None:
     broken = {(DO[method][0], law) for method, law, _, _ in BREAKS}
-    unseen = {("source", "no_mutation")}  # its inputs are a tokenizer, two numbers and a generator that it may use
+    # A source's inputs are a tokenizer, two numbers and a generator; adapters are called in test_contracts_command.
+    unseen = {("source", "no_mutation"), ("adapter", "no_exception")}
     assert broken | unseen == {(kind, law) for kind, laws in LAWS_OF.items() for law in laws}
     assert {law for laws in LAWS_OF.values() for law in laws} == set(LAWS)
 
@@ -359,6 +360,21 @@ def test_a_similarity_sees_what_it_requires_and_not_what_its_assigner_does() -> 
     spy = Actor(lambda bank, dropped, kept, stats: [seen.append(set(stats.values)), matched()][1])
     calls.assign(Affinity(similarity=spy), bank(), retained(bank(), [0, 2]), stats(bank()))
     assert seen == [{"routed"}] * 2
+
+
+def test_what_a_held_component_requires_reaches_it_through_one_that_does_not_say_so() -> None:
+    @dataclass(frozen=True)
+    class Holder:
+        similarity: Actor
+        name: ClassVar[str] = "holder"
+        requires: ClassVar[frozenset[str]] = frozenset()
+
+        def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
+            calls.match(self.similarity, bank, 1, retention.kept, stats)
+            return Assignment.empty()
+
+    spy = Actor(lambda bank, dropped, kept, stats: [stats["routed"], matched()][1])
+    assert len(calls.assign(Holder(spy), bank(), retained(bank(), [0, 2]), stats(bank()))) == 0
 
 
 @pytest.mark.parametrize("error", [RecipeError("mine: must be so."), CheckpointError("layer 7: must be so.")])

@@ -248,3 +248,31 @@ def test_a_model_in_memory_is_as_it_was_also_after_an_error_in_its_last_layer(
     assert model.config.to_dict() == config
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+ADAPTER = """\
+from dataclasses import dataclass
+from typing import ClassVar
+from dernkit.api import hookimpl
+
+@dataclass(frozen=True)
+class Adapter:
+    name: ClassVar[str] = "my-family"
+    def blocks(self, model):
+        return model.no_such_attribute
+
+@hookimpl
+def dernkit_adapters(): return [Adapter]
+"""
+
+
+@pytest.mark.parametrize("command", ["run", "inspect"])
+def test_an_adapter_that_raises_is_named(installed: Install, bench: Workbench, command: str) -> None:
+    installed("an-adapter", ADAPTER)
+    result = run(bench) if command == "run" else CliRunner().invoke(main, ["inspect", str(bench.model)])
+    assert said(result, 4) == (
+        "plugin 'an-adapter-plugin' (an-adapter 3.1), adapter 'my-family': blocks must raise nothing but a "
+        "DernkitError (law no_exception). Got AttributeError: 'MixtralForCausalLM' object has no attribute "
+        "'no_such_attribute' instead. Fix the plugin, or uninstall it."
+    )
+    assert not bench.out.exists()
