@@ -180,7 +180,7 @@ def _options(cls: Any) -> tuple[Option, ...]:
 
 
 def _check_attributes(kind: Kind, cls: Any, options: tuple[Option, ...]) -> None:
-    """``requires``, ``widens`` and ``filename``; a property is looked up on a default instance if there can be one."""
+    """All but ``name``; a property is looked up on a default instance if there can be one."""
     for attribute in sorted(kind.attributes - {"name"}):
         if any(option.name == attribute for option in options):
             raise ValueError(f"must have a class attribute `{attribute}`. Got an option instead. Use ClassVar.")
@@ -200,8 +200,8 @@ def check_attribute(attribute: str, value: Any) -> None:
         if unknown := sorted(map(str, value - STATISTICS.keys())):
             known = ", ".join(STATISTICS)
             raise ValueError(f"must require known statistics. Got '{unknown[0]}' instead. Known: {known}.")
-    elif attribute == "widens" and not isinstance(value, bool):
-        raise ValueError(f"must have `widens` true or false. Got {value!r} instead.")
+    elif attribute in ("widens", "needs_measures") and not isinstance(value, bool):
+        raise ValueError(f"must have `{attribute}` true or false. Got {value!r} instead.")
     elif attribute == "filename" and not isinstance(value, str):
         raise ValueError(f"must have a `filename`. Got {value!r} instead.")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dernkit.api import Assigner, Block, Budget, Scorer, Selector
 from dernkit.errors import CheckpointError, ContractError
-from dernkit.kernel.planning import measure_layer, plan_from_scores, score_layer
+from dernkit.kernel.planning import measure_layer, plan_from_scores, plan_layer, score_layer
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.groups import regrouped
 from dernkit.models.source import SourceModel
@@ -109,6 +109,18 @@ def plan_blocks(
             if again:
                 weights.unload(block.path)
     return plans
+
+
+def known_counts(blocks: Sequence[Block], decisions: Decisions) -> list[int]:
+    """The counts of a budget that needs no measures; ``blocks`` are `regrouped` as decided."""
+    return _allocate(blocks, decisions, [])
+
+
+def plan_block(block: Block, decisions: Decisions, stats: LayerStats, count: int) -> LayerPlan:
+    """Score one block whose weights are loaded and whose count is known, then keep and assign."""
+    block.check()
+    plan = plan_layer(block.bank(), stats, decisions.scorer, count, decisions.selector, decisions.assigner)
+    return replace(plan, one_group=decisions.groups == "collapse")
 
 
 def _of(stats: Mapping[int, LayerStats], block: Block) -> LayerStats:
