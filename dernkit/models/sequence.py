@@ -1,8 +1,8 @@
 """Push token batches through a model whose decoder layers change on the way: each runs as it is, then as it becomes.
 
 As in `dernkit.models.replay`, the model's own code makes masks, positions and rotary tables, and one decoder layer is
-in memory. Where layers pass more than hidden states on, the model's own forward of every batch runs in a thread of its own
-that is halted wherever it calls a decoder layer: all batches wait in front of layer i until it is what it becomes.
+in memory. Where layers pass more than hidden states on, the model's own forward of every batch runs in a thread of its
+own that is halted wherever it calls a decoder layer: all batches wait in front of layer i until it is what it becomes.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from dernkit.api import Assigner, Block, Budget, Scorer, Selector
 from dernkit.errors import CheckpointError, ContractError
 from dernkit.kernel.planning import measure_layer, plan_from_scores, plan_layer, score_layer
 from dernkit.kernel.selection import kept_count, limits
+from dernkit.kernel.statistics import refuse_lacking
 from dernkit.models.groups import regrouped
 from dernkit.models.source import SourceModel
 from dernkit.progress import Progress
@@ -66,10 +67,20 @@ def check_keep(source: SourceModel, decisions: Decisions) -> None:
 def plan_checkpoint(
     source: SourceModel, decisions: Decisions, stats: Mapping[int, LayerStats], progress: Progress
 ) -> list[LayerPlan]:
-    """Decide for every MoE block of a checkpoint, one block's weights in memory at a time."""
+    """Decide for every MoE block of a checkpoint, one block's weights in memory at a time.
+
+    Raises:
+        CheckpointError: ``stats`` lack what a component reads.
+    """
+    readers = [(kind, part.name, part.requires) for kind, part in _parts(decisions) if part is not None]
+    refuse_lacking(stats, readers, "the statistics", "Calibrate with all that the recipe's components read.")
     store, blocks = source.open(keep_dtypes=True)
     blocks = regrouped(store.model, blocks, collapse=decisions.groups == "collapse")
     return plan_blocks(blocks, decisions, stats, store, progress)
+
+
+def _parts(how: Decisions) -> list[tuple[str, Scorer | Budget | Selector | Assigner | None]]:
+    return [("scorer", how.scorer), ("budget", how.budget), ("selector", how.selector), ("assigner", how.assigner)]
 
 
 def plan_blocks(
