@@ -7,6 +7,7 @@ own that is halted wherever it calls a decoder layer: all batches wait in front 
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -47,7 +48,7 @@ def replay_changing(
         def run(index: int, *, hand_on: bool) -> None:
             for batch, tokens in enumerate(batches):
                 args, kwargs = waiting.call(index, batch)
-                # A layer may write into a dict or list that it is given: what it writes before its change is not kept.
+                # A layer may write into a dict or cache that it is given: what it writes before its change is not kept.
                 output = stack[index](*(args if hand_on else _copied(args)), **(kwargs if hand_on else _copied(kwargs)))
                 if hand_on:
                     waiting.answer(batch, output)
@@ -73,10 +74,12 @@ def _loaded(loader: Loader, prefix: str) -> Iterator[None]:
 
 
 def _copied(value: Any) -> Any:
-    """The same tensors in containers of their own."""
+    """The same tensors in containers of their own; what else can hold tensors (a cache) is copied with them."""
+    if isinstance(value, Tensor | nn.Module) or callable(value):
+        return value
     if type(value) in (tuple, list):
         return type(value)(map(_copied, value))
-    return {key: _copied(item) for key, item in value.items()} if type(value) is dict else value
+    return {key: _copied(item) for key, item in value.items()} if type(value) is dict else copy.deepcopy(value)
 
 
 class _Waiting(Protocol):

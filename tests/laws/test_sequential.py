@@ -38,8 +38,8 @@ from tests.laws.every_model import aligned, load, logits, saved
 from tests.laws.pipeline import DERN, recipe, source
 from tests.laws.test_every_family import REFUSED
 
-KINDS = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "jamba", "gemma4_text", "zaya", "glm_moe_dsa")
-"""Without and with dense layers, groups, biases; the last two pass state from layer to layer."""
+KINDS = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "jamba", "diffusion_gemma_text", "zaya", "glm_moe_dsa")
+"""Without and with dense layers, groups, biases; the last three pass a cache or state from layer to layer."""
 every_family = pytest.mark.parametrize(
     "family",
     [
