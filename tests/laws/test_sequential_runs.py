@@ -123,9 +123,9 @@ def test_a_budget_that_looks_at_all_layers_is_refused_with_its_line(bench: Workb
     with pytest.raises(RecipeError) as caught:
         load_recipe(place, registry)
     assert str(caught.value).replace(f"{tmp_path}/", "") == (
-        f"1 problem in bad.yaml\nbad.yaml:{line}: calibrate.sequential: sequential needs a budget that knows its counts "
-        f"before any layer has run. Got 'looking', which looks at all layers first, instead. Use {{use: uniform}}, or "
-        f"leave out sequential."
+        f"1 problem in bad.yaml\nbad.yaml:{line}: calibrate.sequential: sequential needs a budget that knows its "
+        f"counts before any layer has run. Got 'looking', which looks at all layers first, instead. Use "
+        f"{{use: uniform}}, or leave out sequential."
     )
 
 
