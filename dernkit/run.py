@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from dernkit.models.architecture import use_architecture
 from dernkit.models.folder import RECORD as MADE_FROM
 from dernkit.models.folder import other_files
 from dernkit.models.source import SourceModel, open_source
+from dernkit.parts import ACTING, DECIDING, Parts
 from dernkit.progress import Progress
 from dernkit.recipe import Recipe
 from dernkit.registry import Registry
@@ -43,8 +44,6 @@ from dernkit.stages import apply, calibrate, evaluate, journal, plan, sequential
 from dernkit.types import LayerPlan, LayerStats
 
 _TOKENIZER = ("token*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
-_DECIDING = ("scorer", "budget", "selector", "assigner", "similarity")
-_ACTING = ("merge", "router")
 _VERSIONED = ("dernkit", "torch", "transformers", "safetensors")
 
 
@@ -75,6 +74,10 @@ class Run:
     """That of the model, where a plugin brings it."""
 
     @property
+    def _parts(self) -> Parts:
+        return Parts(self.recipe, self.registry, self._architecture)
+
+    @property
     def _place(self) -> RunDirectory:
         return RunDirectory(self.out)
 
@@ -97,7 +100,7 @@ class Run:
         self._place.check(self.path)
         self._check_files()
         self._architecture = use_architecture(self.path, self.registry.components("architecture"))
-        source = open_source(self.path, self._adapters(), trust_remote_code=self.trust_remote_code)
+        source = open_source(self.path, self._parts.adapters(), trust_remote_code=self.trust_remote_code)
         plan.check_keep(source, self.recipe.plan)
         apply.check_new_width(source.outline[1], self.recipe.apply.width)
         fingerprint = source.fingerprint()
@@ -111,9 +114,6 @@ class Run:
             report = self._report(source)
             self._place.tidy()
             return report
-
-    def _adapters(self) -> list[Any]:
-        return [component.cls() for component in self.registry.components("adapter")]
 
     def _check_files(self) -> None:
         """Files that the recipe names are there before anything expensive starts."""
@@ -144,54 +144,20 @@ class Run:
                 "calibrate.sequential: statistics must be collected while the layers are compressed as this recipe "
                 "says. Got --statistics with those of another run instead. Leave out one of the two."
             )
-        readers = [(kind, part.name, self.registry.requires(kind, part)) for kind, part in self._parts() if part]
         command = f"dernkit run {self.recipe.path or 'RECIPE'} --model {self.model} --out {self.out}"
-        given.check_given(self.statistics, fingerprint, readers, command)
+        given.check_given(self.statistics, fingerprint, self._parts.readers(), command)
 
     def _write_lock(self, fingerprint: str) -> None:
-        resolved = self.recipe.resolved()
-        origins: list[dict[str, Any]] = [
-            asdict(c.provenance) | {"file": Path(c.provenance.file).name, "kind": c.kind, "name": c.name}
-            for c in self.components()
-        ]
         lock = {
-            "recipe": resolved,
+            "recipe": self.recipe.resolved(),
             "model": {"name": self.model, "fingerprint": fingerprint},
-            "components": origins,
+            "components": self._parts.origins(),
             "versions": {name: metadata.version(name) for name in _VERSIONED},
         }
         if self.statistics is not None and self.recipe.requires:
             lock["statistics"] = str(self.statistics)
         text = yaml.safe_dump(lock, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
         self._place.write(LOCK, text)
-
-    def components(self) -> list[Any]:
-        """Registered components of everything that the recipe uses, nested ones included, by kind and name."""
-        recipe = self.recipe
-        parts = [*self._parts(), ("report", recipe.report)]
-        parts += [("evaluator", evaluator) for evaluator in recipe.evaluators]
-        parts += [("source", recipe.calibrate.source)] if recipe.calibrate else []
-        parts += [("adapter", adapter) for adapter in self._adapters()]
-        used = {self._architecture} if self._architecture else set()
-        while parts:
-            kind, part = parts.pop()
-            if part is None:
-                continue
-            component = self.registry.get(kind, part.name)
-            used.add(component)
-            parts += [(option.nested, getattr(part, option.name)) for option in component.options if option.nested]
-        return sorted(used, key=lambda component: (component.kind, component.name))
-
-    def _parts(self) -> list[tuple[str, Any]]:
-        """Kind and component of all that decides and acts; None where the recipe names none."""
-        plan, apply = self.recipe.plan, self.recipe.apply
-        parts: list[tuple[str, Any]] = [("scorer", plan.scorer), ("budget", plan.budget), ("selector", plan.selector)]
-        return [*parts, ("assigner", plan.assigner), ("merge", apply.merge), ("router", apply.router)]
-
-    def _versions(self, *kinds: str) -> list[Any]:
-        """What makes a stage's code: dernkit's version and those of the plugins that take part (the model's does)."""
-        taking_part = [c.provenance for c in self.components() if c.kind in (*kinds, "architecture")]
-        return [metadata.version("dernkit"), sorted({f"{p.distribution} {p.version}" for p in taking_part})]
 
     def _calibrate(self, source: SourceModel, fingerprint: str) -> dict[int, LayerStats]:
         spec, requires = self.recipe.calibrate, self.recipe.requires
@@ -203,6 +169,7 @@ class Run:
         # `routed` is always counted: the report names experts that saw no token.
         requires = requires | {"routed"}
         resolved = self.recipe.resolved()
+        surgery = {name: value for name, value in resolved["apply"].items() if name != "mtp"}
         made_from = digest(
             resolved["calibrate"],
             content_digests(spec.source),
@@ -210,9 +177,9 @@ class Run:
             self.recipe.seed,
             fingerprint,
             [(file.name, file_digest(file)) for pattern in _TOKENIZER for file in sorted(self.path.glob(pattern))],
-            self._versions("source", "adapter"),
+            self._parts.versions("source", "adapter"),
             # Then the statistics are made with the plan, and with what it makes of the layers.
-            [resolved["plan"], resolved["apply"], self._versions(*_DECIDING, *_ACTING)] if self._sequential else [],
+            [resolved["plan"], surgery, self._parts.versions(*DECIDING, *ACTING)] if self._sequential else [],
         )
         key = given.stats_key(fingerprint, made_from, sequential=self._sequential)
 
@@ -250,7 +217,7 @@ class Run:
         """Digests of all that the plan is made from, and of the statistics alone."""
         made_from = file_digest(self.out / STATS) if stats else ""
         resolved = self.recipe.resolved()["plan"]
-        return digest(resolved, made_from, fingerprint, self._versions(*_DECIDING, "adapter")), made_from
+        return digest(resolved, made_from, fingerprint, self._parts.versions(*DECIDING, "adapter")), made_from
 
     def _save_plan(self, plans: Sequence[LayerPlan], stats: Mapping[int, LayerStats], fingerprint: str) -> None:
         key, made_from = self._plan_key(stats, fingerprint)
@@ -259,7 +226,7 @@ class Run:
             "key": key,
             "stats": made_from,
             "recipe": self.recipe.resolved()["plan"],
-            "components": [c.provenance.origin for c in self.components()],
+            "components": [c.provenance.origin for c in self._parts.components()],
         }
         folder = self._place.partial / "plan"
         fresh(folder)
@@ -290,7 +257,7 @@ class Run:
             fingerprint,
             file_digest(self.out / STATS) if self._applies_statistics else "",
             [(file.name, file_digest(file)) for file in other_files(self.path)],
-            self._versions(*_ACTING, "adapter"),
+            self._parts.versions(*ACTING, "adapter"),
         )
 
     def _apply(self, source: SourceModel, stats: dict[int, LayerStats], fingerprint: str) -> None:
@@ -330,7 +297,7 @@ class Run:
         measured_by = digest(
             self.recipe.resolved()["evaluate"],
             [content_digests(evaluator) for evaluator in evaluators],
-            self._versions("evaluator"),
+            self._parts.versions("evaluator"),
         )
         key, before_key = digest(measured_by, self._apply_key(fingerprint)), digest(measured_by, fingerprint)
 
