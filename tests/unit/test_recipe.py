@@ -83,11 +83,13 @@ def test_a_resolved_recipe_writes_every_default_out(tmp_path: Path) -> None:
             "length": 2048,
             "batch_size": 8,
             "sample": 16384,
+            "sequential": False,
         },
         "plan": {
             "keep": 0.5,
             "score": {"use": "gate-mass"},
             "budget": {"use": "uniform"},
+            "select": {"use": "top-score"},
             "assign": {
                 "use": "affinity",
                 "similarity": {"use": "cosine", "parts": ["up", "down"]},
