@@ -102,10 +102,15 @@ class KeepLimits:
 
 @runtime_checkable
 class Budget(Protocol):
-    """How many experts each layer keeps."""
+    """How many experts each layer keeps.
+
+    ``needs_measures``: when false, `allocate` is also called with no measures, before any layer has been looked at
+    (sequential calibration decides on a layer when the later ones have not run yet).
+    """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
+    needs_measures: ClassVar[bool]
 
     def measure(self, bank: ExpertBank, scores: Float[Tensor, " experts"], stats: LayerStats) -> Tensor:
         """What `allocate` needs to know of one layer, a finite tensor of any shape; its weights are gone afterwards."""

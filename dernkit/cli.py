@@ -51,9 +51,22 @@ def main() -> None:
 @_RECIPE
 @_MODEL
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory; the result is OUT/model.")
+@click.option(
+    "--statistics",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The stats.safetensors of another run with this model, used instead of calibrating.",
+)
 @_SET
 @_TRUST
-def run(recipe: Path, model: str, out: Path, overrides: tuple[str, ...], trust_remote_code: bool) -> None:
+def run(
+    recipe: Path,
+    model: str,
+    out: Path,
+    statistics: Path | None,
+    overrides: tuple[str, ...],
+    trust_remote_code: bool,
+) -> None:
     """Calibrate, plan, apply, evaluate and report, as RECIPE says.
 
     A stage whose inputs have not changed is skipped; a killed run goes on where it was.
@@ -65,7 +78,7 @@ def run(recipe: Path, model: str, out: Path, overrides: tuple[str, ...], trust_r
     from dernkit.run import Run
 
     bound = load_recipe(recipe, registry, overrides)
-    work = Run(bound, model, resolve(model), out, registry, for_terminal(), trust_remote_code)
+    work = Run(bound, model, resolve(model), out, registry, for_terminal(), trust_remote_code, statistics)
     click.echo(f"report: {work.execute()}")
     click.echo(f"model:  {out / 'model'}")
 

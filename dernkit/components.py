@@ -215,7 +215,7 @@ def check_attribute(attribute: str, value: Any) -> None:
         if unknown := sorted(map(str, value - STATISTICS.keys())):
             known = ", ".join(STATISTICS)
             raise ValueError(f"must require known statistics. Got '{unknown[0]}' instead. Known: {known}.")
-    elif attribute in ("widens", "groups", "needs_groups") and not isinstance(value, bool):
+    elif attribute in ("widens", "groups", "needs_groups", "needs_measures") and not isinstance(value, bool):
         raise ValueError(f"must have `{attribute}` true or false. Got {value!r} instead.")
     elif attribute == "filename" and not isinstance(value, str):
         raise ValueError(f"must have a `filename`. Got {value!r} instead.")

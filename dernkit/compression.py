@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dernkit.api import Block
 from dernkit.errors import RecipeError
 from dernkit.models.groups import regrouped
 from dernkit.models.quantised import refuse_quantised
@@ -15,8 +16,9 @@ from dernkit.models.stack import find_blocks
 from dernkit.progress import Progress, Silent
 from dernkit.recipe import Recipe, bind_recipe, load_recipe
 from dernkit.registry import Registry
+from dernkit.stages import sequential
 from dernkit.stages.apply import apply_live, check_new_width
-from dernkit.stages.calibrate import calibrate_live, eager_experts
+from dernkit.stages.calibrate import Live, calibrate_live, eager_experts
 from dernkit.stages.plan import plan_blocks
 from dernkit.types import LayerPlan, LayerStats
 
@@ -67,25 +69,24 @@ def _compress(
             f"batches: must hold calibration tokens, as the recipe reads {', '.join(sorted(bound.requires))}. "
             f"Got none instead."
         )
-    stats: dict[int, LayerStats] = {}
-    if bound.requires:
-        sample = bound.calibrate.sample if bound.calibrate else 0
-        stats = calibrate_live(
-            model, blocks, tokens, bound.requires, sample_size=sample, seed=bound.seed, progress=progress
-        )
-    with eager_experts(model):
-        plans = plan_blocks(blocks, bound.plan, stats, _Loaded(), progress)
+    stats, plans = _decided(model, blocks, tokens, bound, progress)
     how = bound.apply
     apply_live(model, blocks, plans, how.merge, how.router, seed=bound.seed, width=how.width, stats=stats)
     return plans
 
 
-class _Loaded:
-    def load(self, prefix: str) -> None:
-        """Already there."""
-
-    def unload(self, prefix: str) -> None:
-        """Stays."""
+def _decided(
+    model: Any, blocks: Sequence[Block], tokens: Sequence[Tensor], bound: Recipe, progress: Progress
+) -> tuple[dict[int, LayerStats], list[LayerPlan]]:
+    """Statistics of every MoE layer, and its plan; the model stays as it is."""
+    stats: dict[int, LayerStats] = {}
+    if bound.requires and bound.calibrate:
+        sizes: Any = {"sample_size": bound.calibrate.sample, "seed": bound.seed, "progress": progress}
+        if bound.calibrate.sequential:
+            return sequential.calibrate_live(model, blocks, tokens, bound.requires, bound.plan, bound.apply, **sizes)
+        stats = calibrate_live(model, blocks, tokens, bound.requires, **sizes)
+    with eager_experts(model):
+        return stats, plan_blocks(blocks, bound.plan, stats, Live(), progress)
 
 
 def _bound(recipe: Recipe | Mapping[str, Any] | Path | str, registry: Registry) -> Recipe:

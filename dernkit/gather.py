@@ -21,7 +21,7 @@ def gather(out: Path, source: SourceModel, model: str, recipe: Recipe) -> dict[s
     """Read the artifacts of the run directory ``out`` made from ``source``, which the user called ``model``."""
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     evaluation = out / "eval.json"
-    calibrated = recipe.calibrate is not None and bool(recipe.requires)
+    calibrated = recipe.calibrate if recipe.requires else None
     lock = yaml.safe_load((out / "recipe.lock.yaml").read_text(encoding="utf-8"))
     return {
         "name": out.resolve().name,
@@ -30,7 +30,13 @@ def gather(out: Path, source: SourceModel, model: str, recipe: Recipe) -> dict[s
         "lock": lock,
         "plan": plan,
         "evaluation": json.loads(evaluation.read_text(encoding="utf-8")) if recipe.evaluators else None,
-        "calibration": {"tokens": _tokens(out / "stats.safetensors")} if calibrated else None,
+        "calibration": {
+            "tokens": _tokens(out / "stats.safetensors"),
+            "statistics": lock.get("statistics"),
+            "sequential": calibrated.sequential,
+        }
+        if calibrated
+        else None,
         "stages": read_json(out / "run.json").get("stages", {}),
         "source": describe(source),
         "result": describe(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dernkit.binding import Binder
 from dernkit.document import Document, Keys, override, read_document
 from dernkit.sentences import expected
-from dernkit.shapes import Choice, Number, plain
+from dernkit.shapes import Choice, Flag, Number, plain
 
 if TYPE_CHECKING:
     from dernkit.api import Assigner, Budget, Evaluator, Merge, Report, Router, Scorer, Selector, Source
@@ -30,12 +30,13 @@ LENGTH = Number(integer=True, low=2, high=1_048_576)
 BATCH_SIZE = Number(integer=True, low=1, high=4096)
 SAMPLE = Number(integer=True, low=1, high=100_000_000)
 DEFAULT_SEED, DEFAULT_BATCH_SIZE, DEFAULT_SAMPLE = 0, 8, 16_384
+SEQUENTIAL, DEFAULT_SEQUENTIAL = Flag(), False
 GROUPS, DEFAULT_GROUPS = Choice(("respect", "collapse")), "respect"
 WIDTH = Number(integer=True, low=1, high=10_000_000)
 MTP, DEFAULT_MTP = Choice(("compress", "drop")), "compress"
 
 TOP = ("dernkit", "seed", "calibrate", "plan", "apply", "evaluate", "report")
-CALIBRATE = ("source", "sequences", "length", "batch_size", "sample")
+CALIBRATE = ("source", "sequences", "length", "batch_size", "sample", "sequential")
 PLAN = ("keep", "score", "budget", "select", "assign", "groups")
 APPLY = ("merge", "router", "width", "mtp")
 
@@ -66,6 +67,8 @@ class CalibrateSpec:
     batch_size: int
     sample: int
     """Layer inputs in the reservoir, for components that read one."""
+    sequential: bool = DEFAULT_SEQUENTIAL
+    """Whether each layer sees what the compressed layers before it put out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +164,7 @@ def _bind(document: Document, registry: Registry) -> Recipe:
     evaluators = tuple(binder.component(("evaluate", i), "evaluator") for i in binder.entries(("evaluate",)))
     report = binder.component(("report",), "report", DEFAULT_REPORT)
     requires = _check_statistics(binder)
+    _check_sequential(binder, calibrate, plan)
     document.raise_problems()
     return Recipe(version, seed, calibrate, plan, apply, evaluators, report, requires)
 
@@ -175,6 +179,7 @@ def _calibrate(binder: Binder) -> CalibrateSpec | None:
         length=binder.entry((*here, "length"), LENGTH),
         batch_size=binder.entry((*here, "batch_size"), BATCH_SIZE, DEFAULT_BATCH_SIZE),
         sample=binder.entry((*here, "sample"), SAMPLE, DEFAULT_SAMPLE),
+        sequential=binder.entry((*here, "sequential"), SEQUENTIAL, DEFAULT_SEQUENTIAL),
     )
 
 
@@ -245,3 +250,13 @@ def _check_statistics(binder: Binder) -> frozenset[str]:
                 binder.problem(("calibrate",), f"must be given, because {found}. Got nothing instead.")
                 break
     return frozenset().union(*(needed for _, needed in binder.requires))
+
+
+def _check_sequential(binder: Binder, calibrate: CalibrateSpec | None, plan: PlanSpec) -> None:
+    """A layer is decided on when the later ones have not run yet."""
+    if calibrate is not None and calibrate.sequential and plan.budget is not None and plan.budget.needs_measures:
+        binder.problem(
+            ("calibrate", "sequential"),
+            f"sequential needs a budget that knows its counts before any layer has run. Got '{plan.budget.name}', "
+            f"which looks at all layers first, instead. Use {{use: {DEFAULT_BUDGET}}}, or leave out sequential.",
+        )

@@ -21,6 +21,7 @@ class Uniform:
 
     name: ClassVar[str] = "uniform"
     requires: ClassVar[frozenset[str]] = frozenset()
+    needs_measures: ClassVar[bool] = False
 
     def measure(self, bank: ExpertBank, scores: Float[Tensor, " experts"], stats: LayerStats) -> Tensor:
         return torch.empty(0)

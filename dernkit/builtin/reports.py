@@ -136,8 +136,7 @@ def _components(run: Mapping[str, Any]) -> list[str]:
     lock = run["lock"]
     rows = [[c["kind"], c["name"], c["distribution"], c["version"]] for c in lock["components"]]
     versions = ", ".join(f"{name} {version}" for name, version in lock["versions"].items())
-    calibration = run["calibration"]
-    tokens = f" Calibration: {calibration['tokens']:,} tokens." if calibration else ""
+    tokens = _calibration(run["calibration"])
     return [
         "## How it was made",
         "",
@@ -149,6 +148,14 @@ def _components(run: Mapping[str, Any]) -> list[str]:
         yaml.safe_dump(run["recipe"], sort_keys=False, width=100, default_flow_style=None).rstrip(),
         "```",
     ]
+
+
+def _calibration(done: Mapping[str, Any] | None) -> str:
+    if done is None:
+        return ""
+    how = ", each layer on the outputs of the compressed layers before it" if done["sequential"] else ""
+    how = f", statistics of another run (`{done['statistics']}`)" if done["statistics"] else how
+    return f" Calibration: {done['tokens']:,} tokens{how}."
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from dernkit.api import Assigner, Block, Budget, Scorer, Selector
 from dernkit.errors import CheckpointError
 from dernkit.kernel import calls
 from dernkit.kernel.contracts import Call
-from dernkit.kernel.planning import measure_layer, plan_from_scores, score_layer
+from dernkit.kernel.planning import measure_layer, plan_from_scores, plan_layer, score_layer
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.groups import regrouped
 from dernkit.models.source import SourceModel
@@ -68,7 +68,11 @@ def check_keep(source: SourceModel, decisions: Decisions) -> None:
 def plan_checkpoint(
     source: SourceModel, decisions: Decisions, stats: Mapping[int, LayerStats], progress: Progress
 ) -> list[LayerPlan]:
-    """Decide for every MoE block of a checkpoint, one block's weights in memory at a time."""
+    """Decide for every MoE block of a checkpoint, one block's weights in memory at a time.
+
+    Raises:
+        CheckpointError: ``stats`` lack what a component reads.
+    """
     store, blocks = source.open(keep_dtypes=True)
     blocks = regrouped(store.model, blocks, collapse=decisions.groups == "collapse")
     return plan_blocks(blocks, decisions, stats, store, progress)
@@ -111,6 +115,18 @@ def plan_blocks(
             if again:
                 weights.unload(block.path)
     return plans
+
+
+def known_counts(blocks: Sequence[Block], decisions: Decisions) -> list[int]:
+    """The counts of a budget that needs no measures; ``blocks`` are `regrouped` as decided."""
+    return _allocate(blocks, decisions, [])
+
+
+def plan_block(block: Block, decisions: Decisions, stats: LayerStats, count: int) -> LayerPlan:
+    """Score one block whose weights are loaded and whose count is known, then keep and assign."""
+    block.check()
+    plan = plan_layer(block.bank(), stats, decisions.scorer, count, decisions.selector, decisions.assigner)
+    return replace(plan, one_group=decisions.groups == "collapse")
 
 
 def _of(stats: Mapping[int, LayerStats], block: Block) -> LayerStats:

@@ -32,6 +32,7 @@ class Actor:
     widens: ClassVar[bool] = False
     groups: ClassVar[bool] = True
     needs_groups: ClassVar[bool] = False
+    needs_measures: ClassVar[bool] = True
     filename: ClassVar[str] = "actor.txt"
 
     def _do(self, *inputs: Any) -> Any:

@@ -86,6 +86,7 @@ class Weights:
 class Uniform:
     name: ClassVar[str] = "uniform"
     requires: ClassVar[frozenset[str]] = frozenset()
+    needs_measures: ClassVar[bool] = False
 
     def measure(self, bank: Any, scores: Any, stats: Any) -> Any: ...
 
