@@ -171,7 +171,7 @@ class Run:
         # `routed` is always counted: the report names experts that saw no token.
         requires = requires | {"routed"}
         resolved = self.recipe.resolved()
-        surgery = {name: value for name, value in resolved["apply"].items() if name != "mtp"}
+        surgery = {name: resolved["apply"].get(name) for name in ("merge", "router", "width")}
         made_from = digest(
             resolved["calibrate"],
             content_digests(spec.source),
