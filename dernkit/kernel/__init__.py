@@ -7,6 +7,9 @@
 `correlation`   activations as vectors whose cosines are correlations
 `symmetry`      changes of a neuron that leave its output as it is
 `clustering`    spherical weighted k-means (DERN, arXiv 2509.10377, step 3)
+`averaging`     arrivals averaged into their partners, linearly or along an arc
+`weights`       what experts weigh in averages, shares of them that move
+`ridge`         ridge regression in closed form
 `segments`      segments back into gate, up and down tensors
 `outputs`       what experts and neurons do on sampled inputs
 `contracts`     the laws of components, and the sentence that says who broke one

@@ -199,7 +199,8 @@ def _with_features(bank: ExpertBank, router: Router, stats: LayerStats) -> Layer
     """A router's inputs are what its rows are multiplied with: some families normalise or project them first."""
     if "sample" not in router.requires:
         return stats
-    features = None if bank.route is None else bank.route(stats.router_inputs, None).features
+    inputs = Call("router", router, bank.dims.layer).seen(stats).router_inputs
+    features = None if bank.route is None else bank.route(inputs, None).features
     if features is None:
         raise CheckpointError(
             f"router '{router.name}', layer {bank.dims.layer}: the adapter must tell what the router's rows are "

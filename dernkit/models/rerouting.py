@@ -92,12 +92,14 @@ def route_of(block: Routable, alone: Callable[[], bool], scale: Callable[[], flo
         if block.tables:
             raise CheckpointError(
                 f"layer {block.dims.layer}: experts must be chosen by a router for tokens to be routed again. Got a "
-                f"table of token ids instead. Use components that do not route again, such as scorer 'reap'."
+                f"table of token ids instead. Use components that do not route again, such as scorer 'reap' and router "
+                "'additive'."
             )
         if inputs.shape[-1] == 0:
             raise CheckpointError(
                 f"layer {block.dims.layer}: tokens must be routed by their hidden states alone to be routed again. Got "
-                f"a router that reads more instead. Use components that do not route again, such as scorer 'reap'."
+                f"a router that reads more instead. Use components that do not route again, such as scorer 'reap' and "
+                "router 'additive'."
             )
         if not copies:
             copies.append(_copy(block, ones))

@@ -190,6 +190,11 @@ def test_log_mass_needs_to_see_what_rows_are_multiplied_with(route: Callable | N
     assert out.router.shape == (2, 6)
 
 
+def test_log_mass_without_its_statistics_says_which_are_missing() -> None:
+    with pytest.raises(CheckpointError, match=r"^router 'log-mass', layer 0: statistics must hold gate_sum, sample,"):
+        compress_layer(BANK, expert_moves((0, 0)), Keep(), LogMass(), 5, 0)
+
+
 def test_log_mass_refuses_inputs_that_do_not_fit_to_rows() -> None:
     stats = replace(STATS, values={**STATS.values, "sample": torch.ones(3, 8)})
     with pytest.raises(CheckpointError, match=r"log-mass', layer 0: rows must be as wide .*, 8 features. Got 6 .* Use"):
