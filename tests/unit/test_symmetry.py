@@ -17,9 +17,12 @@ from dernkit.errors import CheckpointError, ContractError
 from dernkit.kernel.compress import compress_layer
 from dernkit.kernel.planning import plan_from_scores
 from dernkit.kernel.symmetry import balanced, check_scale, facing, proportional, rescaled
+from dernkit.models.stack import find_blocks
+from dernkit.models.universal import Universal
 from dernkit.stages.plan import load_plan, save_plan
 from dernkit.testing.banks import as_bank, copy_expert, random_bank, random_stats
 from dernkit.types import Assignment, ExpertBank, LayerPlan
+from tests import families
 
 ORDER = torch.tensor([2, 0, 1, 4, 3])
 FACTORS = torch.tensor([-1.0, 4.0, -0.5, 1.0, -3.0])
@@ -137,6 +140,14 @@ def test_what_the_activation_allows_is_found_by_trying() -> None:
         "silu": (False, False),
         "relu": (False, True),
     }
+
+
+@pytest.mark.parametrize(
+    ("family", "allowed"), [("mixtral", True), ("gpt_oss", False), ("deepseek_v4", False), ("nemotron_h", False)]
+)
+def test_what_families_allow(family: str, allowed: bool) -> None:
+    bank = find_blocks(families.build(family), [Universal()])[0].bank()
+    assert (proportional(bank, -1.0), proportional(bank, 3.0)) == (allowed, allowed)
 
 
 @pytest.mark.parametrize(("gated", "act", "option"), [(True, clamped, "sign"), (False, plain, "sign")])
