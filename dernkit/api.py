@@ -34,10 +34,12 @@ from dernkit.types import (
 )
 
 __all__ = [
+    "API_VERSION",
     "Adapter",
     "Architecture",
     "Assigner",
     "Assignment",
+    "BiasMerge",
     "Block",
     "Budget",
     "CheckpointError",
@@ -71,6 +73,9 @@ __all__ = [
 ]
 
 hookimpl = pluggy.HookimplMarker("dernkit")
+
+API_VERSION = 1
+"""Version of hooks and protocols. A plugin module may say for which it was written: ``dernkit_api = 1``."""
 
 
 @runtime_checkable
@@ -113,10 +118,14 @@ class Budget(Protocol):
 
 @runtime_checkable
 class Selector(Protocol):
-    """Which experts of one layer stay, once it is known how many, and which belong together."""
+    """Which experts of one layer stay, once it is known how many, and which belong together.
+
+    ``groups``: when true, what it returns has groups (:attr:`Retention.group`).
+    """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
+    groups: ClassVar[bool]
 
     def select(self, bank: ExpertBank, scores: Float[Tensor, " experts"], count: int, stats: LayerStats) -> Retention:
         """``count`` experts, as many from each of the router's groups, with the ``scores`` it was given."""
@@ -125,12 +134,21 @@ class Selector(Protocol):
 
 @runtime_checkable
 class Assigner(Protocol):
-    """Which segments of the dropped experts go to which kept expert."""
+    """Which segments of the dropped experts go to which kept expert.
+
+    ``needs_groups``: when true, it carries out the groups of a selector, and recipes must name one that groups.
+    """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
+    needs_groups: ClassVar[bool]
 
-    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment: ...
+    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
+        """Moves from segments of dropped experts to kept ones, on the CPU, with finite affinities.
+
+        A segment that is not listed is discarded; one that is listed with several targets goes to all of them.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +168,9 @@ class Similarity(Protocol):
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
 
-    def match(self, bank: ExpertBank, dropped: int, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Match: ...
+    def match(self, bank: ExpertBank, dropped: int, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Match:
+        """Finite affinities of the segments of expert ``dropped`` with the experts ``kept``; higher fits better."""
+        ...
 
 
 @runtime_checkable
@@ -194,6 +214,20 @@ class Merge(Protocol):
 
 
 @runtime_checkable
+class BiasMerge(Protocol):
+    """A merge that also says what becomes of a kept expert's down bias, which no segment carries.
+
+    Not a kind of its own: where a merge class has no `merge_bias`, each expert keeps its own bias.
+    """
+
+    name: ClassVar[str]
+
+    def merge_bias(self, pool: Pool) -> Float[Tensor, " hidden"]:
+        """The new bias, float64. Called only where something arrives and `Pool.down_bias` is there."""
+        ...
+
+
+@runtime_checkable
 class Router(Protocol):
     """How the kept experts' router rows follow from the moves."""
 
@@ -205,8 +239,9 @@ class Router(Protocol):
     ) -> Float[Tensor, "kept row"]:
         """New rows. A row that the method does not change must keep its bits (float32 in, float32 out).
 
-        Where the family adds a bias to the logits, it is the last feature of each row. Correction biases, which take
-        part in the choice alone, are not in the rows: they are sliced.
+        Where the family adds a bias to the logits, it is the last feature of each row, and `LayerPlan.biased_rows` is
+        true. Correction biases, which take part in the choice alone, are not in the rows: they are sliced.
+        ``stats.router_inputs`` are what the rows are multiplied with, after any norm or projection of the router's own.
         """
         ...
 

@@ -96,8 +96,9 @@ def inspect(model: str, as_json: bool, explain: bool, trust_remote_code: bool) -
     if explain:
         _explain(path, adapters, trust_remote_code)
         return
-    source = open_source(path, adapters, trust_remote_code=trust_remote_code)
-    facts = describe(source) | abilities(source)
+    with registry.naming_plugins():
+        source = open_source(path, adapters, trust_remote_code=trust_remote_code)
+        facts = describe(source) | abilities(source)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
@@ -173,8 +174,11 @@ def plugins(as_json: bool) -> None:
         {
             "kind": component.kind,
             "name": component.name,
+            "plugin": component.provenance.plugin,
             "distribution": component.provenance.distribution,
             "version": component.provenance.version,
+            "file": component.provenance.file,
+            "line": component.provenance.line,
             "source": f"{Path(component.provenance.file).name}:{component.provenance.line}",
             "summary": component.summary,
         }
@@ -235,7 +239,8 @@ def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_
         raise RecipeError(f"{recipe}: evaluate: must list at least one evaluator. Got none instead.")
     path = resolve(model)
     use_architecture(path, registry.components("architecture"))
-    results = measure(path, bound.evaluators, for_terminal(), what="model", trust_remote_code=trust_remote_code)
+    with registry.naming_plugins():
+        results = measure(path, bound.evaluators, for_terminal(), what="model", trust_remote_code=trust_remote_code)
     click.echo(json.dumps(results, indent=1))
 
 

@@ -44,11 +44,17 @@ def compress(
         The plan of every MoE layer.
 
     Raises:
-        DernkitError: with one sentence; the model is then unchanged.
+        DernkitError: with one sentence; the model is then unchanged, but for what a component of a plugin may have
+            written into its weights (which is such an error, where it is seen).
     """
     registry = registry or Registry.load()
-    progress = progress or Silent()
-    bound = _bound(recipe, registry)
+    with registry.naming_plugins():
+        return _compress(model, _bound(recipe, registry), batches, registry, progress or Silent())
+
+
+def _compress(
+    model: Any, bound: Recipe, batches: Iterable[Tensor], registry: Registry, progress: Progress
+) -> list[LayerPlan]:
     refuse_quantised(model)
     blocks = find_blocks(model, [component.cls() for component in registry.components("adapter")])
     blocks = regrouped(model, blocks, collapse=bound.plan.groups == "collapse")

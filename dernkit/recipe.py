@@ -185,13 +185,29 @@ def _plan(binder: Binder) -> PlanSpec:
             binder.missing(here)
         return PlanSpec(1, None, None, None, None)  # type: ignore[arg-type]
     assigned = binder.value((*here, "assign")) is not None
-    return PlanSpec(
+    plan = PlanSpec(
         keep=binder.entry((*here, "keep"), Keep()),
         scorer=binder.component((*here, "score"), "scorer"),
         budget=binder.component((*here, "budget"), "budget", DEFAULT_BUDGET),
         selector=binder.component((*here, "select"), "selector", DEFAULT_SELECTOR),
         assigner=binder.component((*here, "assign"), "assigner") if assigned else None,
         groups=binder.entry((*here, "groups"), GROUPS, DEFAULT_GROUPS),
+    )
+    _check_groups(binder, plan)
+    return plan
+
+
+def _check_groups(binder: Binder, plan: PlanSpec) -> None:
+    """An assigner that carries out groups needs a selector that makes them."""
+    assigner, selector = plan.assigner, plan.selector
+    if assigner is None or selector is None or not assigner.needs_groups or selector.groups:
+        return
+    selectors: dict[str, Any] = {each.name: each.cls for each in binder.registry.components("selector")}
+    grouping = [name for name, cls in selectors.items() if cls.groups]
+    binder.problem(
+        ("plan", "assign"),
+        f"'{assigner.name}' needs a selector that groups experts. Got '{selector.name}' instead. "
+        f"Set plan.select; installed ones that group: {', '.join(grouping) or 'none'}.",
     )
 
 

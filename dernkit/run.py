@@ -29,6 +29,7 @@ from dernkit.digest import content_digests, digest, file_digest, missing_paths
 from dernkit.directory import EVAL, LOCK, MODEL, MOVES, PLAN, STATS, RunDirectory
 from dernkit.errors import CheckpointError, RecipeError
 from dernkit.gather import gather
+from dernkit.kernel import calls
 from dernkit.models.architecture import use_architecture
 from dernkit.models.folder import RECORD as MADE_FROM
 from dernkit.models.folder import other_files
@@ -79,7 +80,8 @@ class Run:
             DernkitError: with one sentence; what earlier stages made stays, no half output does.
         """
         try:
-            return self._execute()
+            with self.registry.naming_plugins():
+                return self._execute()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{getattr(error, 'filename', None) or self.out}: must be readable and writable while a run lasts. "
@@ -178,7 +180,7 @@ class Run:
         def work() -> None:
             tokenizer = evaluate.load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
             rng = torch.Generator().manual_seed(self.recipe.seed)
-            tokens = spec.source.tokens(tokenizer, spec.sequences, spec.length, rng)
+            tokens = calls.tokens(spec.source, tokenizer, spec.sequences, spec.length, rng)
             calibrate.check_vocabulary(source, tokens)
             stats = calibrate.calibrate_checkpoint(
                 source,
@@ -295,5 +297,5 @@ class Run:
     def _report(self, source: SourceModel) -> Path:
         report = self.recipe.report
         facts = gather(self.out, source, self.model, self.recipe)
-        self._place.write(report.filename, report.render(facts))
+        self._place.write(report.filename, calls.render(report, facts))
         return self.out / report.filename

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, cast, final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Int64
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dernkit.api import ExpertBank, LayerStats, Match, Pairwise, Rescaling, Similarity, hookimpl
 from dernkit.builtin.similarities import Cosine
+from dernkit.kernel import calls
 from dernkit.kernel.one_to_one import one_to_one_each
 
 MEMORY = 4 * 2**30
@@ -44,9 +45,9 @@ class Hungarian:
         return self.base.requires
 
     def match(self, bank: ExpertBank, dropped: int, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Match:
-        experts, base, seen = kept.tolist(), cast(Pairwise, self.base), stats.only(self.requires)
+        experts, seen = kept.tolist(), stats.only(self.requires)
         workers = max(1, min(len(experts), torch.get_num_threads(), MEMORY // (12 * bank.dims.width**2)))
-        matrices = (base.pairs(bank, dropped, expert, seen) for expert in experts)
+        matrices = (calls.pairs(self.base, bank, dropped, expert, stats) for expert in experts)
         affinity, partner = zip(*one_to_one_each(matrices, workers), strict=True)
         scales: list[Tensor] = []
         if isinstance(self.base, Rescaling):

@@ -19,6 +19,7 @@ class TopScore:
 
     name: ClassVar[str] = "top-score"
     requires: ClassVar[frozenset[str]] = frozenset()
+    groups: ClassVar[bool] = False
 
     def select(self, bank: ExpertBank, scores: Float64[Tensor, " experts"], count: int, stats: LayerStats) -> Retention:
         return Retention(scores, select(scores, count, bank.dims.groups))

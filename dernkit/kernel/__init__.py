@@ -9,8 +9,10 @@
 `clustering`    spherical weighted k-means (DERN, arXiv 2509.10377, step 3)
 `segments`      segments back into gate, up and down tensors
 `outputs`       what experts and neurons do on sampled inputs
-`planning`      run a scorer and an assigner on one layer, and hold them to their contracts
-`compress`      run a merge and a router on one layer, and hold them to theirs
+`contracts`     the laws of components, and the sentence that says who broke one
+`calls`         the one place where components are called and held to them
+`planning`      scores, kept experts and moves of one layer
+`compress`      carry out a plan on one layer
 `statistics`    calibration sums of one layer, batch by batch
 `packing`       text into token sequences of one length
 `seeding`       generators that depend on nothing but a seed and a place

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from dernkit.errors import ContractError
 from dernkit.kernel.matching import dots, lengths
 from dernkit.kernel.seeding import generator
 from dernkit.types import ExpertBank
@@ -67,21 +66,6 @@ def rescaled(
     new[:, -2] *= factor[:, None]
     new[:, -1] /= factor[:, None]
     return new
-
-
-def check_scale(scale: Tensor, moves: int, where: str) -> None:
-    """Hold a component to what a scale must be.
-
-    Raises:
-        ContractError: it is not one finite number other than 0 for each move, on the CPU.
-    """
-    proper = scale.is_floating_point() and scale.shape == (moves,) and scale.device.type == "cpu"
-    if not proper or not bool((scale.isfinite() & (scale != 0)).all()):
-        raise ContractError(
-            f"{where}: scale must be None or a float CPU tensor of one finite number other than 0 for each of "
-            f"{moves} moves. Got shape {list(scale.shape)}{' with 0, NaN or infinity' if proper else ''} instead. "
-            "Fix the component."
-        )
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -48,13 +48,14 @@ class _Masked(TorchFunctionMode):
         self._shapes = (tuple(shape), tuple(shape[::-1]))
         self._masked = masked
         self.logits: Tensor | None = None
+        self.features: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor) and tuple(args[1].shape) in self._shapes:
             out = out.clone()
             out[..., self._masked] = -torch.inf
-            self.logits = out.flatten(0, -2)
+            self.logits, self.features = out.flatten(0, -2), args[0].flatten(0, -2)
         return out
 
 
@@ -156,7 +157,10 @@ def _routed(block: Routable, module: Any, inputs: Tensor, experts: Tensor | None
         )
     coefficients = coefficients.to(torch.float32) * scale
     return Routing(
-        chosen.reshape(len(inputs), -1), coefficients.reshape(len(inputs), -1), mode.logits[:, :count].float()
+        chosen.reshape(len(inputs), -1),
+        coefficients.reshape(len(inputs), -1),
+        mode.logits[:, :count].float(),
+        mode.features,
     )
 
 

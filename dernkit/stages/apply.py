@@ -44,9 +44,13 @@ def apply_live(
     width = target_width(plans, merge, width)
     changes = blocks[0].config_changes(len(plans[0].kept), width)
     with torch.no_grad():
-        for block, plan in zip(blocks, plans, strict=True):
-            seen = stats.get(block.layer, NO_STATISTICS)
-            block.replace(compress_layer(block.bank(), plan, merge, router, width, seed, seen))
+        # All before the first is put in its place: an error must leave the model as it is.
+        layers = [
+            compress_layer(block.bank(), plan, merge, router, width, seed, stats.get(block.layer, NO_STATISTICS))
+            for block, plan in zip(blocks, plans, strict=True)
+        ]
+        for block, layer in zip(blocks, layers, strict=True):
+            block.replace(layer)
     for field, value in changes.items():
         set_field(model.config, field, value)
 

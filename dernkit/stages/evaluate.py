@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dernkit.api import Evaluator, Subject
 from dernkit.errors import CheckpointError
+from dernkit.kernel import calls
 from dernkit.models.source import is_read_decoded, read_source
 from dernkit.models.store import quiet_transformers
 from dernkit.progress import Progress
@@ -85,6 +86,16 @@ def evaluate(
     subject = load_subject(path, trust_remote_code=trust_remote_code)
     with progress.track(f"evaluate {what}", len(evaluators), "evaluators") as tracker:
         for position, evaluator in enumerate(evaluators):
-            results[f"{position}:{evaluator.name}"] = dict(evaluator.evaluate(subject))
+            results[f"{position}:{evaluator.name}"] = _measured(evaluator, subject)
             tracker.advance(1, evaluator.name)
     return results
+
+
+def _measured(evaluator: Evaluator, subject: Subject) -> Mapping[str, float]:
+    try:
+        return calls.evaluate(evaluator, subject)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or subject.path}: must be readable for evaluator '{evaluator.name}'. "
+            f"Got '{error.strerror or reason(error)}' instead. Mend that and run the same command again."
+        ) from error

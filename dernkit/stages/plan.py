@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dernkit.api import Assigner, Block, Budget, Scorer, Selector
-from dernkit.errors import CheckpointError, ContractError
+from dernkit.errors import CheckpointError
+from dernkit.kernel import calls
+from dernkit.kernel.contracts import Call
 from dernkit.kernel.planning import measure_layer, plan_from_scores, score_layer
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.groups import regrouped
@@ -85,7 +87,7 @@ def plan_blocks(
         ContractError: a component broke its contract.
         CheckpointError: the router of some layer does not allow the count asked for.
     """
-    again = decisions.assigner is not None or bool(decisions.selector.requires)
+    again = decisions.assigner is not None or decisions.selector.groups or bool(decisions.selector.requires)
     passes = 1 + again
     with progress.track("plan", passes * len(blocks), "layers") as tracker:
         scores, measures = [], []
@@ -117,20 +119,12 @@ def _of(stats: Mapping[int, LayerStats], block: Block) -> LayerStats:
 
 def _allocate(blocks: Sequence[Block], decisions: Decisions, measures: list[Tensor]) -> list[int]:
     bounds = [limits(block.dims) for block in blocks]
-    counts = decisions.budget.allocate(measures, decisions.keep, bounds)
-    where = f"budget '{decisions.budget.name}'"
-    if len(counts) != len(blocks):
-        raise ContractError(f"{where}: must return one count per layer ({len(blocks)}). Got {len(counts)} instead.")
-    for count, bound in zip(counts, bounds, strict=True):
-        if not bound.smallest <= count <= bound.experts or count % bound.multiple:
-            raise ContractError(
-                f"{where}, layer {bound.layer}: must return a count from {bound.smallest} to {bound.experts} in steps "
-                f"of {bound.multiple}. Got {count} instead."
-            )
+    counts = calls.allocate(decisions.budget, measures, decisions.keep, bounds)
     if len(set(counts)) != 1:
-        raise ContractError(
-            f"{where}: must keep the same count in every layer, as stock runtimes load one count for all. "
-            f"Got {sorted(set(counts))} instead."
+        raise Call("budget", decisions.budget).broken(
+            "in_range",
+            "allocate must keep the same count in every layer, as stock runtimes load one count for all",
+            f"{sorted(set(counts))}",
         )
     return counts
 

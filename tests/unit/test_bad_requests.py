@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -177,8 +178,9 @@ def test_a_component_that_breaks_its_contract_ends_the_run_and_statistics_stay(
     nothing = torch.full((8,), math.nan, dtype=torch.float64)
     monkeypatch.setattr(GateMass, "score", lambda self, bank, stats: nothing)
     assert said(bench.run(), 4) == (
-        "scorer 'gate-mass', layer 0: score must be finite, also for an expert that saw no token. Got nan for expert 0 "
-        "instead. Let the scorer divide by no count of 0."
+        f"plugin 'dernkit.builtin.scorers' (dernkit {metadata.version('dernkit')}), scorer 'gate-mass', layer 0: score "
+        "must be finite, also for an expert that saw no token (law finite). Got nan at [0] instead. Divide by no "
+        "count, weight or norm of 0."
     )
     assert results(bench.out).keys() == {"stats.safetensors"}
     monkeypatch.undo()

@@ -136,7 +136,12 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for(path: Path, builtins
 def test_dern_is_the_published_method(builtins: Registry) -> None:
     written = load_recipe(RECIPES / "dern.yaml", builtins).resolved()
     assert written["plan"]["score"]["use"] == "gate-mass"
-    assert written["plan"]["assign"]["similarity"] == {"use": "cosine", "parts": ["up", "down"]}
+    assert written["plan"]["assign"]["similarity"] == {
+        "use": "cosine",
+        "parts": ["up", "down"],
+        "sign": False,
+        "balance": False,
+    }
     assert written["plan"]["assign"]["threshold"] == 0.6
     assert written["apply"]["merge"]["use"] == "spherical-kmeans"
     assert written["apply"]["router"]["use"] == "additive"

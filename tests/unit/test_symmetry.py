@@ -14,14 +14,15 @@ from dernkit.builtin.routers import Slice
 from dernkit.builtin.selectors import TopScore
 from dernkit.builtin.similarities import Cosine
 from dernkit.errors import CheckpointError, ContractError
+from dernkit.kernel import calls
 from dernkit.kernel.compress import compress_layer
 from dernkit.kernel.planning import plan_from_scores
-from dernkit.kernel.symmetry import balanced, check_scale, facing, proportional, rescaled
+from dernkit.kernel.symmetry import balanced, facing, proportional, rescaled
 from dernkit.models.stack import find_blocks
 from dernkit.models.universal import Universal
 from dernkit.stages.plan import load_plan, save_plan
-from dernkit.testing.banks import as_bank, copy_expert, random_bank, random_stats
-from dernkit.types import Assignment, ExpertBank, LayerPlan
+from dernkit.testing.banks import as_bank, copy_expert, random_bank, random_stats, retained
+from dernkit.types import Assignment, ExpertBank, LayerPlan, LayerStats
 from tests import families
 
 ORDER = torch.tensor([2, 0, 1, 4, 3])
@@ -186,32 +187,19 @@ def test_a_plan_keeps_its_scales(tmp_path: Path) -> None:
     assert loaded[1].assignment.scale is None
 
 
-@pytest.mark.parametrize(
-    ("scale", "got"),
-    [
-        (torch.zeros(1), r"shape \[1\] with 0, NaN or infinity"),
-        (torch.tensor([torch.inf]), r"shape \[1\] with 0, NaN or infinity"),
-        (torch.ones(2), r"shape \[2\] instead"),
-        (torch.ones(1, dtype=torch.int64), r"shape \[1\] instead"),
-    ],
-)
-def test_scales_are_held_to_their_contract(scale: torch.Tensor, got: str) -> None:
-    with pytest.raises(ContractError, match=rf"^assigner 'x': scale must be None or .* Got {got}"):
-        check_scale(scale, 1, "assigner 'x'")
-
-
-def test_scales_of_an_assigner_are_checked() -> None:
+@pytest.mark.parametrize(("scale", "law"), [(torch.zeros(1), "in_range"), (torch.tensor([torch.inf]), "finite")])
+def test_scales_of_an_assigner_are_held_to_their_contract(scale: torch.Tensor, law: str) -> None:
     class Scaling:
         name = "scaling"
         requires = frozenset()
 
         def assign(self, bank, retention, stats) -> Assignment:
             one = torch.tensor([5])
-            return Assignment(one, one * 0, one * 0, torch.ones(1), torch.zeros(1))
+            return Assignment(one, one * 0, one * 0, torch.ones(1), scale)
 
     bank = random_bank(3, 5, 4, layer=7)
-    with pytest.raises(ContractError, match="'scaling', layer 7: scale must be None or"):
-        plan_from_scores(bank, random_stats(bank), SCORES, 2, TopScore(), Scaling())
+    with pytest.raises(ContractError, match=rf"^assigner 'scaling', layer 7: scale must .*law {law}\)"):
+        calls.assign(Scaling(), bank, retained(bank, [0, 2]), LayerStats(0))
 
 
 def plan_of(bank: ExpertBank, similarity) -> LayerPlan:
