@@ -192,6 +192,7 @@ def test_scales_of_an_assigner_are_held_to_their_contract(scale: torch.Tensor, l
     class Scaling:
         name = "scaling"
         requires = frozenset()
+        needs_groups = False
 
         def assign(self, bank, retention, stats) -> Assignment:
             one = torch.tensor([5])
