@@ -18,9 +18,12 @@ from dernkit.kernel import calls
 from dernkit.kernel.compress import compress_layer
 from dernkit.kernel.planning import plan_from_scores
 from dernkit.kernel.symmetry import balanced, facing, proportional, rescaled
+from dernkit.models.stack import find_blocks
+from dernkit.models.universal import Universal
 from dernkit.stages.plan import load_plan, save_plan
 from dernkit.testing.banks import as_bank, copy_expert, random_bank, random_stats, retained
 from dernkit.types import Assignment, ExpertBank, LayerPlan, LayerStats
+from tests import families
 
 ORDER = torch.tensor([2, 0, 1, 4, 3])
 FACTORS = torch.tensor([-1.0, 4.0, -0.5, 1.0, -3.0])
@@ -140,6 +143,20 @@ def test_what_the_activation_allows_is_found_by_trying() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("family", "sign", "balance"),
+    [
+        ("mixtral", True, True),
+        ("gpt_oss", False, False),
+        ("deepseek_v4", True, False),
+        ("nemotron_h", False, False),
+    ],
+)
+def test_what_families_allow(family: str, sign: bool, balance: bool) -> None:
+    bank = find_blocks(families.build(family), [Universal()])[0].bank()
+    assert (proportional(bank, -1.0), proportional(bank, 3.0)) == (sign, balance)
+
+
 @pytest.mark.parametrize(("gated", "act", "option"), [(True, clamped, "sign"), (False, plain, "sign")])
 def test_options_are_refused_where_the_activation_does_not_allow_them(gated: bool, act, option: str) -> None:
     bank = replace(random_bank(gated=gated, layer=7), act=act)
@@ -175,6 +192,7 @@ def test_scales_of_an_assigner_are_held_to_their_contract(scale: torch.Tensor, l
     class Scaling:
         name = "scaling"
         requires = frozenset()
+        needs_groups = False
 
         def assign(self, bank, retention, stats) -> Assignment:
             one = torch.tensor([5])
