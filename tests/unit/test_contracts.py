@@ -369,6 +369,7 @@ def test_what_a_held_component_requires_reaches_it_through_one_that_does_not_say
         similarity: Actor
         name: ClassVar[str] = "holder"
         requires: ClassVar[frozenset[str]] = frozenset()
+        needs_groups: ClassVar[bool] = False
 
         def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
             calls.match(self.similarity, bank, 1, retention.kept, stats)
