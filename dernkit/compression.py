@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dernkit.errors import RecipeError
+from dernkit.models.export import check_export
 from dernkit.models.groups import regrouped
 from dernkit.models.quantised import refuse_quantised
 from dernkit.models.stack import find_blocks
@@ -30,6 +31,9 @@ def compress(
     progress: Progress | None = None,
 ) -> list[LayerPlan]:
     """Compress a loaded ``PreTrainedModel`` in place, config included; ``model.save_pretrained`` then works as usual.
+
+    Where layers keep different numbers of experts and `apply.export` does not pad them, what it saves is for
+    `dernkit.load_model`: its config has a field ``dernkit_experts``, and transformers refuses to load it.
 
     Args:
         model: a causal language model of a family that an adapter knows, weights in float32, bfloat16 or float16.
@@ -53,6 +57,7 @@ def compress(
     blocks = find_blocks(model, [component.cls() for component in registry.components("adapter")])
     blocks = regrouped(model, blocks, collapse=bound.plan.groups == "collapse")
     check_new_width(blocks, bound.apply.width)
+    check_export(blocks, bound.apply.export)
     for block in blocks:
         block.router_kind()  # runs the router: one that does not do what its shapes say is refused here
     tokens = list(batches)
@@ -70,7 +75,17 @@ def compress(
     with eager_experts(model):
         plans = plan_blocks(blocks, bound.plan, stats, _Loaded(), progress)
     how = bound.apply
-    apply_live(model, blocks, plans, how.merge, how.router, seed=bound.seed, width=how.width, stats=stats)
+    apply_live(
+        model,
+        blocks,
+        plans,
+        how.merge,
+        how.router,
+        seed=bound.seed,
+        width=how.width,
+        export=how.export,
+        stats=stats,
+    )
     return plans
 
 

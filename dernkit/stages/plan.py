@@ -56,8 +56,13 @@ def check_keep(source: SourceModel, decisions: Decisions) -> None:
 
     Raises:
         CheckpointError: ``keep`` is below top-k, above the count, or no multiple of the groups; or these are to become
-            one and cannot.
+            one and cannot; or the model's layers have different counts already.
     """
+    if source.counts is not None:
+        raise CheckpointError(
+            f"{source.path}: every MoE layer must have the same number of experts to be compressed. Got a result of "
+            f"dernkit's with {min(source.counts)} to {max(source.counts)} instead. Compress what it was made from."
+        )
     store, blocks = source.outline
     for block in regrouped(store.model, blocks, collapse=decisions.groups == "collapse"):
         kept_count(decisions.keep, limits(block.dims))
@@ -127,11 +132,6 @@ def _allocate(blocks: Sequence[Block], decisions: Decisions, measures: list[Tens
                 f"{where}, layer {bound.layer}: must return a count from {bound.smallest} to {bound.experts} in steps "
                 f"of {bound.multiple}. Got {count} instead."
             )
-    if len(set(counts)) != 1:
-        raise ContractError(
-            f"{where}: must keep the same count in every layer, as stock runtimes load one count for all. "
-            f"Got {sorted(set(counts))} instead."
-        )
     return counts
 
 
