@@ -88,6 +88,7 @@ def test_a_resolved_recipe_writes_every_default_out(tmp_path: Path) -> None:
             "keep": 0.5,
             "score": {"use": "gate-mass"},
             "budget": {"use": "uniform"},
+            "select": {"use": "top-score"},
             "assign": {
                 "use": "affinity",
                 "similarity": {"use": "cosine", "parts": ["up", "down"]},
@@ -100,6 +101,7 @@ def test_a_resolved_recipe_writes_every_default_out(tmp_path: Path) -> None:
             "merge": {"use": "spherical-kmeans", "iterations": 30},
             "router": {"use": "slice"},
             "mtp": "compress",
+            "export": "auto",
         },
         "evaluate": [],
         "report": {"use": "markdown"},
