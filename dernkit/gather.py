@@ -46,11 +46,10 @@ def _export(plan: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any
     """How many experts each layer keeps, and what that means for who can load the result."""
     counts = tuple(len(layer["kept"]) for layer in plan["layers"].values())
     written = result["experts_by_layer"]
-    kind = "even" if list(counts) == written and len(set(counts)) == 1 else "dernkit"
-    if list(counts) != written:
-        kind = "padded"
-    export = Export(kind, counts)
-    padding = result["expert_bytes"] * (sum(written) - sum(counts)) // sum(written)
+    kind = "padded" if list(counts) != written else "even" if len(set(counts)) == 1 else "dernkit"
+    export, extra = Export(kind, counts), len(result["mtp_layers"])
+    real, places = (sum(sizes) + extra * sizes[-1] for sizes in (counts, written))
+    padding = result["expert_bytes"] * (places - real) // places
     cost = f", {padding:,} bytes of zeros" if padding else ""
     return {
         "kind": kind,

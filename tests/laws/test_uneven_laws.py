@@ -24,7 +24,9 @@ from dernkit.stages.plan import check_keep
 from dernkit.testing.checkpoints import save_tiny, tiny_model, tokens
 from tests import families
 from tests.laws.every_model import aligned, load, logits, masked, saved
-from tests.laws.pipeline import DERN, recipe, run, source, tensors
+from tests.laws.mtp_checkpoints import KINDS, in_place_of_last, is_routed
+from tests.laws.mtp_checkpoints import save as save_mtp
+from tests.laws.pipeline import DERN, carry_out, recipe, run, source, tensors
 from tests.laws.test_every_family import DOZEN, REFUSED, TOKENS
 from tests.unit.workbench import edit_config, edit_tensors, save_tokenizer
 
@@ -276,3 +278,25 @@ def test_tied_embeddings_and_bfloat16_are_kept(folder: Path, tmp_path: Path, reg
     model = dernkit.load_model(tmp_path / "out", registry=registry)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16} and not model.training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("export", ["auto", "dernkit"])
+def test_an_mtp_block_has_the_count_of_the_last_one(tmp_path: Path, registry: Registry, kind: str, export: str):
+    """As `test_mtp_laws` has it for equal counts, padding included."""
+    folder = tmp_path / "source"
+    save_mtp(folder, kind)
+    in_place_of_last(folder, tmp_path / "swapped", kind)
+    bound = uneven(registry, assign={**DERN, "quantile": 0.5}, router="additive", export=export)
+    plans = run(folder, tmp_path / "out", bound, tokens(4, 16))
+    assert len(plans[-1].kept) < len(plans[0].kept)
+    carry_out(source(tmp_path / "swapped"), plans, bound, tmp_path / "expected")
+    _, last, prefix, _ = KINDS[kind]
+    result, swapped = tensors(tmp_path / "out"), tensors(tmp_path / "expected")
+    expected = {prefix + name.removeprefix(last): t for name, t in swapped.items() if name.startswith(last)}
+    routed = {name: t for name, t in expected.items() if is_routed(name)}
+    assert {name for name in result if name.startswith(prefix) and is_routed(name)} == set(routed)
+    assert routed and all(torch.equal(result[name], tensor) for name, tensor in routed.items())
+    assert describe(source(tmp_path / "out"))["mtp_layers"]
+    model = dernkit.load_model(tmp_path / "out", registry=registry)
+    assert model(tokens(1, 8)).logits.isfinite().all()

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from dernkit.stages import apply
-from tests.unit.workbench import DERN, Workbench, dernkit, hashes, said, stages, succeeded
+from tests.unit.workbench import DERN, Workbench, dernkit, edit_json, hashes, said, stages, succeeded
 
 GLOBAL = ("plan.budget={use: global, normalise: none}", "plan.keep=0.6")
 HELDOUT = {"use": "perplexity", "path": "calib.txt", "length": 32}
@@ -53,7 +53,7 @@ def test_the_first_line_says_who_can_load_it(uneven: Workbench, padded: Workbenc
         f"Loads in any runtime: {least} to {most} experts a layer, padded to {most} with experts that are never chosen"
     )
     report, card = first_lines(padded)
-    assert report.startswith(start) and report.endswith(" bytes of zeros).".replace(")", "")) and card == start + "."
+    assert report.startswith(start) and report.endswith(" bytes of zeros.") and card == start + "."
     even = Workbench(tmp_path)
     even.finish()
     assert first_lines(even) == ("Loads in any runtime: one count (4) in every layer.",) * 2
@@ -115,3 +115,12 @@ def test_reconstruction_aware_finds_its_sample(tmp_path: Path) -> None:
     bench.finish("plan.budget={use: reconstruction-aware, points: 4}", "plan.keep=0.6", "calibrate.sample=64")
     plan = json.loads((bench.out / "plan.json").read_text())
     assert sum(len(layer["kept"]) for layer in plan["layers"].values()) == 14
+
+
+def test_a_plan_edited_to_different_counts_is_carried_out(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    bench.finish()
+    edit_json(bench.out / "plan.json", lambda data: data["layers"]["1"].update(kept=[0, 1, 2]))
+    bench.finish()
+    sentence = "Loads with `dernkit.load_model` only: 3 to 4 experts a layer."
+    assert first_lines(bench) == (sentence, sentence)
