@@ -298,5 +298,6 @@ def test_an_mtp_block_has_the_count_of_the_last_one(tmp_path: Path, registry: Re
     assert {name for name in result if name.startswith(prefix) and is_routed(name)} == set(routed)
     assert routed and all(torch.equal(result[name], tensor) for name, tensor in routed.items())
     assert describe(source(tmp_path / "out"))["mtp_layers"]
-    model = dernkit.load_model(tmp_path / "out", registry=registry)
-    assert model(tokens(1, 8)).logits.isfinite().all()
+    if export == "dernkit":
+        model = dernkit.load_model(tmp_path / "out", registry=registry)
+        assert model(tokens(1, 8)).logits.isfinite().all()
