@@ -344,7 +344,21 @@ class Block(Protocol):
         ...
 
     def replace(self, compressed: CompressedLayer) -> None:
-        """Surgery: put the resized tensors, and the sizes that modules remember, into the live module."""
+        """Surgery: put the resized tensors, and the sizes that modules remember, into the live module.
+
+        Once only; ``dims`` are then the new ones.
+        """
+        ...
+
+    def padding(self) -> str | None:
+        """The name among `ExpertBank.per_expert` of a bias that, when low, keeps an expert from ever being chosen.
+
+        None where the router has none; then layers with fewer experts cannot be padded to the count of others.
+        """
+        ...
+
+    def uneven(self) -> bool:
+        """Whether the block works with a number of experts that is not the config's."""
         ...
 
     def on_router_inputs(self, callback: Callable[[Tensor], None]) -> Any:

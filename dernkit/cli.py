@@ -153,7 +153,7 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("family", facts["family"]),
         ("MoE layers", f"{facts['moe_layers']} (decoder layers {_ranges(facts['layers'])})"),
         *([("MTP layers", mtp)] if facts["mtp_bytes"] else []),
-        ("experts", f"{facts['experts']} per layer, top-{facts['top_k']}"),
+        ("experts", f"{_spread(facts['experts_by_layer'])} per layer, top-{facts['top_k']}"),
         ("router", facts["router"]),
         ("groups", groups),
         ("width", f"{facts['width']} (hidden {facts['hidden']})"),
@@ -165,6 +165,10 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("in experts", f"{facts['expert_bytes']:,} bytes ({share:.1%})"),
         ("can", facts["can"]),
     ]
+
+
+def _spread(counts: list[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -252,8 +256,10 @@ def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_
         raise RecipeError(f"{recipe}: evaluate: must list at least one evaluator. Got none instead.")
     path = resolve(model)
     use_architecture(path, registry.components("architecture"))
+    adapters = [component.cls() for component in registry.components("adapter")]
+    options: dict[str, Any] = {"adapters": adapters, "trust_remote_code": trust_remote_code}
     with registry.naming_plugins():
-        results = measure(path, bound.evaluators, for_terminal(), what="model", trust_remote_code=trust_remote_code)
+        results = measure(path, bound.evaluators, for_terminal(), what="model", **options)
     click.echo(json.dumps(results, indent=1))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dernkit.api import Block
 from dernkit.errors import RecipeError
+from dernkit.models.export import check_export
 from dernkit.models.groups import regrouped
 from dernkit.models.quantised import refuse_quantised
 from dernkit.models.stack import find_blocks
@@ -32,6 +33,9 @@ def compress(
     progress: Progress | None = None,
 ) -> list[LayerPlan]:
     """Compress a loaded ``PreTrainedModel`` in place, config included; ``model.save_pretrained`` then works as usual.
+
+    Where layers keep different numbers of experts and `apply.export` does not pad them, what it saves is for
+    `dernkit.load_model`: its config has a field ``dernkit_experts``, and transformers refuses to load it.
 
     Args:
         model: a causal language model of a family that an adapter knows, weights in float32, bfloat16 or float16.
@@ -61,6 +65,7 @@ def _compress(
     blocks = find_blocks(model, [component.cls() for component in registry.components("adapter")])
     blocks = regrouped(model, blocks, collapse=bound.plan.groups == "collapse")
     check_new_width(blocks, bound.apply.width)
+    check_export(blocks, bound.apply.export)
     for block in blocks:
         block.router_kind()  # runs the router: one that does not do what its shapes say is refused here
     tokens = list(batches)
@@ -71,7 +76,17 @@ def _compress(
         )
     stats, plans = _decided(model, blocks, tokens, bound, progress)
     how = bound.apply
-    apply_live(model, blocks, plans, how.merge, how.router, seed=bound.seed, width=how.width, stats=stats)
+    apply_live(
+        model,
+        blocks,
+        plans,
+        how.merge,
+        how.router,
+        seed=bound.seed,
+        width=how.width,
+        export=how.export,
+        stats=stats,
+    )
     return plans
 
 

@@ -57,17 +57,20 @@ def dernkit_scorers() -> list[type]:  # type: ignore[empty-body]
 
 @hook(since=1)
 def dernkit_budgets() -> list[type]:  # type: ignore[empty-body]
-    """Budgets: ``name``, ``requires``, ``measure(bank, scores, stats)`` and ``allocate(measures, keep, limits)``."""
+    """Budgets: classes with ``name``, ``requires`` and ``needs_measures``: how many experts each layer keeps.
+
+    Methods: ``measure(bank, scores, stats)`` and ``allocate(measures, keep, limits)``.
+    """
 
 
 @hook(since=1)
 def dernkit_selectors() -> list[type]:  # type: ignore[empty-body]
-    """Selectors: classes with ``name``, ``requires`` and ``select(bank, scores, count, stats)``: which experts stay."""
+    """Selectors: classes with ``name``, ``requires``, ``groups`` and ``select(bank, scores, count, stats)``: who stays."""
 
 
 @hook(since=1)
 def dernkit_assigners() -> list[type]:  # type: ignore[empty-body]
-    """Assigners: classes with ``name``, ``requires`` and ``assign(bank, retention, stats)``: what goes where."""
+    """Assigners: classes with ``name``, ``requires``, ``needs_groups`` and ``assign(bank, retention, stats)``."""
 
 
 @hook(since=1)

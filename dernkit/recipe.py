@@ -34,11 +34,12 @@ SEQUENTIAL, DEFAULT_SEQUENTIAL = Flag(), False
 GROUPS, DEFAULT_GROUPS = Choice(("respect", "collapse")), "respect"
 WIDTH = Number(integer=True, low=1, high=10_000_000)
 MTP, DEFAULT_MTP = Choice(("compress", "drop")), "compress"
+EXPORT, DEFAULT_EXPORT = Choice(("auto", "padded", "dernkit")), "auto"
 
 TOP = ("dernkit", "seed", "calibrate", "plan", "apply", "evaluate", "report")
 CALIBRATE = ("source", "sequences", "length", "batch_size", "sample", "sequential")
 PLAN = ("keep", "score", "budget", "select", "assign", "groups")
-APPLY = ("merge", "router", "width", "mtp")
+APPLY = ("merge", "router", "width", "mtp", "export")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,9 @@ class ApplySpec:
     """Neurons of every expert after surgery; None: what the merge needs."""
     mtp: str = DEFAULT_MTP
     """Multi-token-prediction layers: ``compress`` (by the plan of the last MoE layer) or ``drop``."""
+    export: str = DEFAULT_EXPORT
+    """Where layers keep different numbers of experts: ``padded`` to the largest with experts that are never chosen,
+    which any runtime loads; ``dernkit``, which only dernkit loads; ``auto``: padded where the router allows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,13 @@ class Recipe:
             data["calibrate"] = {"source": plain(self.calibrate.source), **sizes}
         return data | {
             "plan": plan,
-            "apply": {**apply, "router": plain(self.apply.router), **width, "mtp": self.apply.mtp},
+            "apply": {
+                **apply,
+                "router": plain(self.apply.router),
+                **width,
+                "mtp": self.apply.mtp,
+                "export": self.apply.export,
+            },
             "evaluate": [plain(evaluator) for evaluator in self.evaluators],
             "report": plain(self.report),
         }
@@ -238,6 +248,7 @@ def _apply(binder: Binder) -> ApplySpec:
         router=binder.component((*here, "router"), "router", DEFAULT_ROUTER),
         width=binder.entry((*here, "width"), WIDTH) if binder.value((*here, "width")) is not None else None,
         mtp=binder.entry((*here, "mtp"), MTP, DEFAULT_MTP),
+        export=binder.entry((*here, "export"), EXPORT, DEFAULT_EXPORT),
     )
 
 

@@ -33,6 +33,7 @@ from dernkit.errors import CheckpointError, RecipeError
 from dernkit.gather import gather
 from dernkit.kernel import calls
 from dernkit.models.architecture import use_architecture
+from dernkit.models.export import check_export
 from dernkit.models.folder import RECORD as MADE_FROM
 from dernkit.models.folder import other_files
 from dernkit.models.source import SourceModel, open_source
@@ -105,6 +106,7 @@ class Run:
         source = open_source(self.path, self._parts.adapters(), trust_remote_code=self.trust_remote_code)
         plan.check_keep(source, self.recipe.plan)
         apply.check_new_width(source.outline[1], self.recipe.apply.width)
+        check_export(source.outline[1], self.recipe.apply.export)
         fingerprint = source.fingerprint()
         self._check_statistics(fingerprint)
         with self._place.locked():
@@ -270,7 +272,7 @@ class Run:
             if not journal.began(folder, key):
                 fresh(folder)
             plans = plan.load_plan(self.out)
-            apply.apply_checkpoint(
+            result = apply.apply_checkpoint(
                 source,
                 plans,
                 self.recipe.apply.merge,
@@ -281,11 +283,12 @@ class Run:
                 progress=self.progress,
                 width=self.recipe.apply.width,
                 mtp=self.recipe.apply.mtp,
+                export=self.recipe.apply.export,
                 stats=stats,
             )
             quantisation = str(source.scheme) if source.scheme else None
             mtp = bool(source.mtp.tensors)
-            text = card.render(self.model, self.recipe, plans, mtp=mtp, quantisation=quantisation)
+            text = card.render(self.model, self.recipe, plans, result, mtp=mtp, quantisation=quantisation)
             (folder / "README.md").write_text(text, encoding="utf-8")
             record = {"key": key, "source": fingerprint, "files": sizes(folder)}
             (folder / MADE_FROM).write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -309,7 +312,12 @@ class Run:
             for name, path in (("before", self.path), ("after", self.out / MODEL)):
                 if name not in results:
                     results[name] = evaluate.evaluate(
-                        path, evaluators, self.progress, what=name, trust_remote_code=self.trust_remote_code
+                        path,
+                        evaluators,
+                        self.progress,
+                        what=name,
+                        adapters=self._parts.adapters(),
+                        trust_remote_code=self.trust_remote_code,
                     )
             self._place.write(EVAL, json.dumps({"key": key, "before_key": before_key, **results}, indent=1) + "\n")
 

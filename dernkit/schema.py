@@ -44,6 +44,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             "router": _optional(_component("router"), {"use": recipe.DEFAULT_ROUTER}),
             "width": _optional(recipe.WIDTH.schema()),
             "mtp": _default(recipe.MTP, recipe.DEFAULT_MTP),
+            "export": _default(recipe.EXPORT, recipe.DEFAULT_EXPORT),
         },
         required=[],
     )

@@ -103,7 +103,7 @@ def route_of(block: Routable, alone: Callable[[], bool], scale: Callable[[], flo
             )
         if not copies:
             copies.append(_copy(block, ones))
-        return _routed(block, copies[0], inputs, experts, alone(), scale())
+        return routed(block, copies[0], inputs, experts, alone(), scale())
 
     return route
 
@@ -137,7 +137,7 @@ def _copy(block: Routable, ones: Mapping[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def _routed(block: Routable, module: Any, inputs: Tensor, experts: Tensor | None, alone: bool, scale: float) -> Routing:
+def routed(block: Routable, module: Any, inputs: Tensor, experts: Tensor | None, alone: bool, scale: float) -> Routing:
     count = block.dims.experts
     masked = torch.ones(count, dtype=torch.bool)
     masked[torch.arange(count) if experts is None else experts] = False

@@ -16,7 +16,6 @@ from torch import Tensor
 from dernkit.api import Assigner, Block, Budget, Scorer, Selector
 from dernkit.errors import CheckpointError
 from dernkit.kernel import calls
-from dernkit.kernel.contracts import Call
 from dernkit.kernel.planning import measure_layer, plan_from_scores, plan_layer, score_layer
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.groups import regrouped
@@ -58,8 +57,13 @@ def check_keep(source: SourceModel, decisions: Decisions) -> None:
 
     Raises:
         CheckpointError: ``keep`` is below top-k, above the count, or no multiple of the groups; or these are to become
-            one and cannot.
+            one and cannot; or the model's layers have different counts already.
     """
+    if source.counts is not None:
+        raise CheckpointError(
+            f"{source.path}: every MoE layer must have the same number of experts to be compressed. Got a result of "
+            f"dernkit's with {min(source.counts)} to {max(source.counts)} instead. Compress what it was made from."
+        )
     store, blocks = source.outline
     for block in regrouped(store.model, blocks, collapse=decisions.groups == "collapse"):
         kept_count(decisions.keep, limits(block.dims))
@@ -135,14 +139,7 @@ def _of(stats: Mapping[int, LayerStats], block: Block) -> LayerStats:
 
 def _allocate(blocks: Sequence[Block], decisions: Decisions, measures: list[Tensor]) -> list[int]:
     bounds = [limits(block.dims) for block in blocks]
-    counts = calls.allocate(decisions.budget, measures, decisions.keep, bounds)
-    if len(set(counts)) != 1:
-        raise Call("budget", decisions.budget).broken(
-            "in_range",
-            "allocate must keep the same count in every layer, as stock runtimes load one count for all",
-            f"{sorted(set(counts))}",
-        )
-    return counts
+    return calls.allocate(decisions.budget, measures, decisions.keep, bounds)
 
 
 def save_plan(

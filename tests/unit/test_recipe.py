@@ -102,6 +102,7 @@ def test_a_resolved_recipe_writes_every_default_out(tmp_path: Path) -> None:
             "merge": {"use": "spherical-kmeans", "iterations": 30},
             "router": {"use": "slice"},
             "mtp": "compress",
+            "export": "auto",
         },
         "evaluate": [],
         "report": {"use": "markdown"},
