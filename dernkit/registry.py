@@ -31,6 +31,9 @@ GROUP = "dernkit"
 
 BUILTINS = (
     "dernkit.builtin.scorers",
+    "dernkit.builtin.weight_scorers",
+    "dernkit.builtin.output_scorers",
+    "dernkit.builtin.protection",
     "dernkit.builtin.budgets",
     "dernkit.builtin.selectors",
     "dernkit.builtin.groupings",
