@@ -65,7 +65,7 @@ def dernkit_budgets() -> list[type]:  # type: ignore[empty-body]
 
 @hook(since=1)
 def dernkit_selectors() -> list[type]:  # type: ignore[empty-body]
-    """Selectors: classes with ``name``, ``requires``, ``groups`` and ``select(bank, scores, count, stats)``: who stays."""
+    """Selectors: classes with ``name``, ``requires``, ``groups`` and ``select(bank, scores, count, stats)``."""
 
 
 @hook(since=1)

@@ -44,6 +44,7 @@ class BestSubset:
 
     name: ClassVar[str] = "best-subset"
     requires: ClassVar[frozenset[str]] = frozenset({"sample"})
+    groups: ClassVar[bool] = False
 
     exhaustive: Annotated[int, Interval(ge=0, le=1_000_000)] = 2000
     """Up to so many subsets are all tried, as in the paper, one routing each. Where there are more, experts go one by

@@ -51,6 +51,7 @@ class Falling:
 
     name: ClassVar[str] = "falling"
     requires: ClassVar[frozenset[str]] = frozenset()
+    needs_measures: ClassVar[bool] = True
 
     def measure(self, bank: ExpertBank, scores: Tensor, stats: LayerStats) -> Tensor:
         return torch.empty(0)
