@@ -7,7 +7,7 @@ Which bias does that, if any, is found by running the router, never by its name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from dernkit.api import Block
 from dernkit.errors import CheckpointError
 from dernkit.models.rehearsal import NOT_RUN, random_copy
 from dernkit.models.rerouting import Routable, routed
-from dernkit.models.store import Store
 from dernkit.types import CompressedLayer, ExpertBank, LayerDims, Routing
+
+if TYPE_CHECKING:
+    from dernkit.models.store import Store
 
 _TOKENS = 256
 _LOUDNESS = (1.0, 30.0)

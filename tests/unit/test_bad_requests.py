@@ -12,6 +12,7 @@ import torch
 
 from dernkit.builtin.scorers import GateMass
 from dernkit.kernel.statistics import Accumulator
+from dernkit.registry import Registry
 from dernkit.types import LayerStats
 from tests.unit.workbench import Workbench, dernkit, is_said, put_value, results, said, stages
 
@@ -155,11 +156,11 @@ def test_every_fault_of_a_recipe_is_printed_with_its_line(tmp_path: Path, comman
     places = {"validate": [], "eval": ["--model", str(bench.model)]}
     places["run"] = [*places["eval"], "--out", str(bench.out)]
     result = dernkit(command, str(file), *places[command])
+    installed = ", ".join(Registry.load(entry_points=False).names("scorer"))
     assert (result.exit_code, result.stdout, bench.out.exists()) == (2, "", False)
     assert result.stderr.splitlines() == [
         f"3 problems in {file}",
-        f"{file}:5: plan.score.use: unknown scorer 'reep'. Did you mean 'reap'? Installed: gate-mass, random, reap, "
-        "router-frequency.",
+        f"{file}:5: plan.score.use: unknown scorer 'reep'. Did you mean 'reap'? Installed: {installed}.",
         f"{file}:8: plan.assign.treshold: 'affinity' has no option 'treshold'. Did you mean 'threshold'?",
         f"{file}:9: aply: a recipe has no key 'aply'. Did you mean 'apply'?",
     ]

@@ -22,6 +22,8 @@ def is_bounded(hint: Any) -> bool:
         base, *notes = get_args(hint)
         return is_bounded(base) or any(isinstance(note, Interval) for note in notes)
     inner = [arg for arg in get_args(hint) if arg is not type(None) and arg is not Ellipsis]
+    if get_origin(hint) is tuple and inner == [str]:
+        return True
     return hint in (bool, *PROTOCOLS) or get_origin(hint) is Literal or (bool(inner) and all(map(is_bounded, inner)))
 
 
