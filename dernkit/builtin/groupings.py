@@ -15,7 +15,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from dernkit.api import ExpertBank, LayerStats, RecipeError, Retention, Similarity, hookimpl
-from dernkit.builtin.similarities import Cosine
+from dernkit.builtin.expert_similarities import ExpertOutput, RouterLogits
 from dernkit.kernel import calls
 from dernkit.kernel.selection import select
 
@@ -32,7 +32,7 @@ class DominantExpert:
     name: ClassVar[str] = "dominant-expert"
     groups: ClassVar[bool] = True
 
-    similarity: Similarity = field(default_factory=Cosine)
+    similarity: Similarity = field(default_factory=RouterLogits)
     """How alike two experts are: the mean affinity over the neurons of the expert that goes."""
 
     @property
@@ -59,7 +59,7 @@ class PseudoPruning:
     name: ClassVar[str] = "pseudo-pruning"
     groups: ClassVar[bool] = True
 
-    similarity: Similarity = field(default_factory=Cosine)
+    similarity: Similarity = field(default_factory=ExpertOutput)
     """How alike two experts are: the mean affinity over the neurons of the expert that goes."""
 
     second_similarity: Similarity | None = None

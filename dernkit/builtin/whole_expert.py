@@ -47,7 +47,7 @@ class WholeExpert:
         if group is None:
             raise RecipeError(
                 f"assigner 'whole-expert', layer {bank.dims.layer}: needs a selector that groups experts. "
-                "Got experts without groups instead. Set plan.select to 'dominant-expert' or 'pseudo-pruning'."
+                "Got experts without groups instead. Set plan.select to one that groups, such as 'dominant-expert'."
             )
         moving = [expert for expert in retention.dropped if group[expert] >= 0]
         if not moving:

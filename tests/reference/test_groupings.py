@@ -36,7 +36,7 @@ def drawn(kind: dict[str, bool], groups: int, seed: int) -> tuple[Any, torch.Ten
 @pytest.mark.parametrize("seed", range(3))
 def test_dominant_experts(kind: dict[str, bool], count: int, groups: int, seed: int) -> None:
     bank, scores = drawn(kind, groups, seed)
-    fast = DominantExpert().select(bank, scores, count, NONE)
+    fast = DominantExpert(similarity=Cosine()).select(bank, scores, count, NONE)
     kept = groupings.top(scores.tolist(), count, groups)
     assert fast.kept.tolist() == kept
     assert heads(fast) == groupings.dominant(groupings.cosine_similarity(bank, kept, ("up", "down")), kept)
@@ -48,7 +48,9 @@ def test_dominant_experts(kind: dict[str, bool], count: int, groups: int, seed: 
 @pytest.mark.parametrize("second", [False, True])
 def test_pseudo_pruning(kind: dict[str, bool], count: int, groups: int, size: int, second: bool) -> None:
     bank, scores = drawn(kind, groups, seed=size)
-    selector = PseudoPruning(group_size=size, second_similarity=Cosine(parts=("down",)) if second else None)
+    selector = PseudoPruning(
+        similarity=Cosine(), group_size=size, second_similarity=Cosine(parts=("down",)) if second else None
+    )
     fast = selector.select(bank, scores, count, NONE)
     kept = groupings.top(scores.tolist(), count, groups)
     tables = [groupings.cosine_similarity(bank, kept, ("up", "down"))]

@@ -9,6 +9,7 @@ import torch
 from dernkit.api import Match
 from dernkit.builtin.groupings import DominantExpert, PseudoPruning
 from dernkit.builtin.selectors import TopScore
+from dernkit.builtin.similarities import Cosine
 from dernkit.errors import ContractError, RecipeError
 from dernkit.kernel.planning import plan_from_scores
 from dernkit.testing.banks import permute_experts, random_bank, random_stats
@@ -16,6 +17,7 @@ from dernkit.types import ExpertBank, LayerStats, Retention
 
 BANK = random_bank(6, 3, 2, layer=7)
 STATS = random_stats(BANK)
+BY_WEIGHTS = [DominantExpert(similarity=Cosine()), PseudoPruning(similarity=Cosine())]
 SCORES = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.4], dtype=torch.float64)
 # Rows: dropped expert 0, 2, 4 and 5. Columns: kept expert 1 and 3.
 AFFINITY = {0: (0.9, 0.1), 2: (0.8, 0.7), 4: (0.3, 0.6), 5: (0.5, 0.5)}
@@ -63,14 +65,14 @@ def test_experts_can_be_compared_by_the_mean_of_two_similarities() -> None:
 
 def test_a_group_size_that_leaves_experts_without_a_group_is_refused() -> None:
     with pytest.raises(RecipeError) as caught:
-        PseudoPruning(group_size=2).select(BANK, SCORES, 2, STATS)
+        PseudoPruning(similarity=Cosine(), group_size=2).select(BANK, SCORES, 2, STATS)
     assert str(caught.value) == (
         "selector 'pseudo-pruning', layer 7: group_size must be at least 3 for 6 experts in 2 groups. "
         "Got 2 instead. Raise it, or keep more experts."
     )
 
 
-@pytest.mark.parametrize("selector", [DominantExpert(), PseudoPruning()], ids=lambda selector: selector.name)
+@pytest.mark.parametrize("selector", BY_WEIGHTS, ids=lambda selector: selector.name)
 def test_the_kept_ones_are_equally_many_in_each_of_the_routers_groups_and_groups_may_cross_them(selector) -> None:
     bank = random_bank(8, 3, 2, groups=2)
     bank.up[0], bank.down[0] = bank.up[7], bank.down[7]
@@ -80,7 +82,7 @@ def test_the_kept_ones_are_equally_many_in_each_of_the_routers_groups_and_groups
     assert 0 in named(retention)[7]
 
 
-@pytest.mark.parametrize("selector", [DominantExpert(), PseudoPruning()], ids=lambda selector: selector.name)
+@pytest.mark.parametrize("selector", BY_WEIGHTS, ids=lambda selector: selector.name)
 def test_experts_in_another_order_make_the_same_groups(selector) -> None:
     bank, order = random_bank(8, 3, 4), torch.tensor([5, 2, 7, 0, 3, 6, 1, 4])
     scores = torch.rand(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -90,7 +92,7 @@ def test_experts_in_another_order_make_the_same_groups(selector) -> None:
     assert {names[kept]: sorted(names[e] for e in members) for kept, members in there.items()} == here
 
 
-@pytest.mark.parametrize("selector", [DominantExpert(), PseudoPruning()], ids=lambda selector: selector.name)
+@pytest.mark.parametrize("selector", BY_WEIGHTS, ids=lambda selector: selector.name)
 def test_nothing_that_is_read_changes(selector) -> None:
     bank, scores = random_bank(4, 3, 2), torch.rand(4, dtype=torch.float64)
     before = [tensor.clone() for tensor in (bank.up, bank.down, bank.gate, scores)]
@@ -114,8 +116,9 @@ def test_similarities_are_held_to_their_contract(affinity: torch.Tensor, law: st
 
 def test_a_selector_requires_what_its_similarities_require() -> None:
     assert DominantExpert(similarity=Written()).requires == {"routed"}
-    assert PseudoPruning(second_similarity=Written()).requires == {"routed"}
-    assert PseudoPruning().requires == frozenset()
+    assert PseudoPruning(similarity=Cosine(), second_similarity=Written()).requires == {"routed"}
+    assert DominantExpert().requires == {"sample"}, "M-SMoE compares router logits"
+    assert PseudoPruning().requires == {"output_sum", "routed"}, "REAM compares mean outputs"
 
 
 def test_a_selector_must_group_exactly_if_it_says_so() -> None:
@@ -131,7 +134,7 @@ def test_a_selector_must_group_exactly_if_it_says_so() -> None:
 
     for liar, said in (
         (Liar(True, TopScore()), "groups, as .*groups_as_said.* Got none"),
-        (Liar(False, DominantExpert()), "no groups"),
+        (Liar(False, DominantExpert(similarity=Cosine())), "no groups"),
     ):
         with pytest.raises(ContractError, match=f"^selector 'liar', layer 7: select must return {said}"):
             plan_from_scores(BANK, STATS, SCORES, 2, liar, None)

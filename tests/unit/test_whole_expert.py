@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from dernkit.api import Match
 from dernkit.builtin.groupings import DominantExpert
+from dernkit.builtin.matched import Hungarian
 from dernkit.builtin.merges import WeightedAverage
 from dernkit.builtin.routers import Slice
 from dernkit.builtin.similarities import Cosine
@@ -25,24 +25,8 @@ from tests.unit.workbench import Workbench
 
 NONE = LayerStats(0)
 BANK = random_bank(5, 4, 3, layer=7)
+ALIGNED = Hungarian()
 GROUPED = retained(BANK, [1, 3], [0, 0, -1, 1, 0])
-
-
-@dataclass(frozen=True)
-class OneToOne:
-    """Cosine pairs in which no neuron is used twice: the permutation that aligns two experts."""
-
-    name: ClassVar[str] = "one-to-one"
-    requires: ClassVar[frozenset[str]] = frozenset()
-
-    def match(self, bank: ExpertBank, dropped: int, kept: torch.Tensor, stats: LayerStats) -> Match:
-        unit = torch.nn.functional.normalize
-        rows = unit(bank.segments(dropped).flatten(1), dim=1)
-        found = [rows @ unit(bank.segments(expert).flatten(1), dim=1).T for expert in kept.tolist()]
-        best = [linear_sum_assignment(pairs.numpy(), maximize=True)[1] for pairs in found]
-        partner = torch.stack([torch.from_numpy(column) for column in best], dim=1)
-        affinity = torch.stack([pairs.gather(1, partner[:, [k]])[:, 0] for k, pairs in enumerate(found)], dim=1)
-        return Match(affinity, partner)
 
 
 def merged(bank: ExpertBank, retention: Retention, assigner: WholeExpert) -> tuple[LayerPlan, ExpertBank]:
@@ -95,7 +79,7 @@ def test_permuted_copies_merge_to_the_same_function_when_they_are_aligned_and_on
     for expert, seed in ((0, 1), (4, 2)):
         bank = copy_expert(bank, 1, expert, torch.randperm(6, generator=torch.Generator().manual_seed(seed)))
     inputs = torch.randn(20, 4, generator=torch.Generator().manual_seed(3))
-    _, aligned = merged(bank, GROUPED, WholeExpert(alignment=OneToOne()))
+    _, aligned = merged(bank, GROUPED, WholeExpert(alignment=ALIGNED))
     _, unaligned = merged(bank, GROUPED, WholeExpert())
     before = bank.output(1, inputs)
     torch.testing.assert_close(aligned.output(0, inputs), before, rtol=1e-4, atol=1e-5)
@@ -111,7 +95,7 @@ def test_experts_without_groups_are_refused() -> None:
         WholeExpert().assign(BANK, retained(BANK, [1, 3]), NONE)
     assert str(caught.value) == (
         "assigner 'whole-expert', layer 7: needs a selector that groups experts. Got experts without groups instead. "
-        "Set plan.select to 'dominant-expert' or 'pseudo-pruning'."
+        "Set plan.select to one that groups, such as 'dominant-expert'."
     )
 
 
@@ -143,7 +127,7 @@ def test_what_the_alignment_reads_is_required() -> None:
 def test_a_plan_with_a_grouping_selector_moves_all_but_the_kept() -> None:
     bank = random_bank(6, 4, 3)
     scores = torch.arange(6, dtype=torch.float64)
-    plan = plan_from_scores(bank, NONE, scores, 2, DominantExpert(), WholeExpert(alignment=Cosine()))
+    plan = plan_from_scores(bank, NONE, scores, 2, DominantExpert(similarity=Cosine()), WholeExpert(alignment=Cosine()))
     assert plan.kept.tolist() == [4, 5]
     assert len(plan.assignment) == 4 * 4 and plan.assignment.source.tolist() == list(range(16))
 

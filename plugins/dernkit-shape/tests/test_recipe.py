@@ -18,6 +18,13 @@ def test_the_recipe_runs_from_checkpoint_to_checkpoint(tmp_path: Path) -> None:
     assert bool(model(torch.arange(3, 20)[None]).logits.isfinite().all())
 
 
+def test_the_recipe_with_coverage_gives_each_layer_its_own_count(tmp_path: Path) -> None:
+    model, plan = result_of(tmp_path, recipe_with(RECIPE.with_name("shape-coverage.yaml"), keep=0.6))
+    kept = [len(layer["kept"]) for layer in plan["layers"].values()]
+    assert [len(layer.mlp.experts.down_proj) for layer in model.model.layers] == kept
+    assert bool(model(torch.arange(3, 20)[None]).logits.isfinite().all())
+
+
 def test_the_recipe_with_coverage_is_valid() -> None:
     registry = Registry.load()
     recipe = load_recipe(RECIPE.with_name("shape-coverage.yaml"), registry)

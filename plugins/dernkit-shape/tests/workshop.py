@@ -13,8 +13,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB
 import yaml
 from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+import dernkit
 from dernkit.cli import main
 from dernkit.testing.checkpoints import save_tiny
 
@@ -42,4 +43,4 @@ def result_of(folder: Path, recipe: dict[str, Any]) -> tuple[Any, dict[str, Any]
     done = CliRunner().invoke(main, ["run", str(folder / "recipe.yaml"), *map(str, places)])
     assert done.exit_code == 0, (done.output, done.stderr, done.exception)
     plan = json.loads((folder / "out/plan.json").read_text())
-    return AutoModelForCausalLM.from_pretrained(folder / "out/model").eval(), plan
+    return dernkit.load_model(folder / "out/model"), plan
