@@ -206,7 +206,7 @@ def plugins(as_json: bool) -> None:
     else:
         for row in rows:
             origin = f"{row['distribution']} {row['version']} {row['source']}"
-            click.echo(f"{row['kind']:<12} {row['name']:<18} {origin:<38} {row['summary']}")
+            click.echo(f"{row['kind']:<12} {row['name']:<22} {origin:<44} {row['summary']}")
         for problem in registry.problems:
             click.echo(str(problem), err=True)
     if registry.problems:
