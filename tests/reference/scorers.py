@@ -101,11 +101,15 @@ def expert_output(bank: ExpertBank, expert: int, x: Vector) -> Vector:
     return out
 
 
+def all_logits(rows: Sequence[Vector], bias: Vector, x: Vector, left: Sequence[int]) -> Vector:
+    return [dot(rows[e], x) + bias[e] for e in left]
+
+
 def softmax_route(rows: Sequence[Vector], bias: Vector, top_k: int, *, renormalise: bool) -> Route:
     """The top-k of a softmax, over the chosen ones or over all that are left."""
 
     def route(x: Vector, left: Sequence[int]) -> Choices:
-        logits = {e: dot(rows[e], x) + bias[e] for e in left}
+        logits = dict(zip(left, all_logits(rows, bias, x, left), strict=True))
         chosen = sorted(left, key=lambda e: (-logits[e], e))[:top_k]
         among = chosen if renormalise else left
         largest = max(logits.values())
@@ -171,18 +175,18 @@ def best_subset(bank: ExpertBank, tokens: Sequence[Vector], route: Route, count:
     return list(best[1])
 
 
-def ranked_choice(bank: ExpertBank, tokens: Sequence[Vector], route: Route, ballot: str) -> list[int]:
-    """Who goes, in order: fewest votes, then smallest sum of coefficients, then highest index; groups take turns."""
+def ranked_choice(bank: ExpertBank, tokens: Sequence[Vector], route: Route, liking: Vector, ballot: str) -> list[int]:
+    """Who goes, in order: fewest votes, then lowest mean logit ("liking"), then highest index; groups take turns."""
     size = bank.dims.experts // bank.dims.groups
     left, gone = list(range(bank.dims.experts)), []
     while len(left) > bank.dims.smallest_keep:
-        votes: dict[int, list[float]] = {e: [] for e in left}
+        votes = dict.fromkeys(left, 0)
         for x in tokens:
             choices = sorted(route(x, left), key=lambda choice: -choice[1])
-            for expert, g in choices[: 1 if ballot == "first" else None]:
-                votes[expert].append(g)
+            for expert, _ in choices[: 1 if ballot == "first" else None]:
+                votes[expert] += 1
         sizes = [len([e for e in left if e // size == group]) for group in range(bank.dims.groups)]
-        trials = [(len(votes[e]), math.fsum(votes[e]), -e) for e in left if sizes[e // size] == max(sizes)]
+        trials = [(votes[e], liking[e], -e) for e in left if sizes[e // size] == max(sizes)]
         left.remove(-min(trials)[2])
         gone.append(-min(trials)[2])
     return gone

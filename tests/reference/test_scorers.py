@@ -145,7 +145,10 @@ def test_best_subset(kind: str, seed: int) -> None:
 @pytest.mark.parametrize("renormalise", ROUTES.values(), ids=ROUTES)
 def test_ranked_choice(kind: str, ballot: str, renormalise: bool) -> None:
     bank, stats, tokens, route = case(kind, renormalise, sample=40)
-    gone = slow.ranked_choice(bank, tokens, route, ballot)
+    rows, bias = bank.router.double().tolist(), [0.0, -50.0, *[0.0] * (bank.dims.experts - 2)]
+    logits = [slow.all_logits(rows, bias, x, range(bank.dims.experts)) for x in tokens]
+    liking = [slow.mean(column, len(tokens)) for column in zip(*logits, strict=True)]
+    gone = slow.ranked_choice(bank, tokens, route, liking, ballot)
     expected = [float(len(gone))] * bank.dims.experts
     for place, expert in enumerate(gone):
         expected[expert] = float(place)
