@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dernkit.compression import compress
     from dernkit.models.architecture import register_architectures
+    from dernkit.models.loading import load_model
     from dernkit.recipe import bind_recipe, load_recipe
     from dernkit.registry import Registry
 
-__all__ = ["Registry", "bind_recipe", "compress", "load_recipe", "register_architectures"]
+__all__ = ["Registry", "bind_recipe", "compress", "load_model", "load_recipe", "register_architectures"]
 
 _HOMES = {
     "Registry": "dernkit.registry",
     "bind_recipe": "dernkit.recipe",
     "compress": "dernkit.compression",
+    "load_model": "dernkit.models.loading",
     "load_recipe": "dernkit.recipe",
     "register_architectures": "dernkit.models.architecture",
 }

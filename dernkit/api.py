@@ -34,10 +34,12 @@ from dernkit.types import (
 )
 
 __all__ = [
+    "API_VERSION",
     "Adapter",
     "Architecture",
     "Assigner",
     "Assignment",
+    "BiasMerge",
     "Block",
     "Budget",
     "CheckpointError",
@@ -57,6 +59,7 @@ __all__ = [
     "Pool",
     "RecipeError",
     "Report",
+    "Rescaling",
     "Retention",
     "Router",
     "Routing",
@@ -70,6 +73,9 @@ __all__ = [
 ]
 
 hookimpl = pluggy.HookimplMarker("dernkit")
+
+API_VERSION = 1
+"""Version of hooks and protocols. A plugin module may say for which it was written: ``dernkit_api = 1``."""
 
 
 @runtime_checkable
@@ -96,10 +102,15 @@ class KeepLimits:
 
 @runtime_checkable
 class Budget(Protocol):
-    """How many experts each layer keeps."""
+    """How many experts each layer keeps.
+
+    ``needs_measures``: when false, `allocate` is also called with no measures, before any layer has been looked at
+    (sequential calibration decides on a layer when the later ones have not run yet).
+    """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
+    needs_measures: ClassVar[bool]
 
     def measure(self, bank: ExpertBank, scores: Float[Tensor, " experts"], stats: LayerStats) -> Tensor:
         """What `allocate` needs to know of one layer, a finite tensor of any shape; its weights are gone afterwards."""
@@ -112,10 +123,14 @@ class Budget(Protocol):
 
 @runtime_checkable
 class Selector(Protocol):
-    """Which experts of one layer stay, once it is known how many, and which belong together."""
+    """Which experts of one layer stay, once it is known how many, and which belong together.
+
+    ``groups``: when true, what it returns has groups (:attr:`Retention.group`).
+    """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
+    groups: ClassVar[bool]
 
     def select(self, bank: ExpertBank, scores: Float[Tensor, " experts"], count: int, stats: LayerStats) -> Retention:
         """``count`` experts, as many from each of the router's groups, with the ``scores`` it was given."""
@@ -124,12 +139,21 @@ class Selector(Protocol):
 
 @runtime_checkable
 class Assigner(Protocol):
-    """Which segments of the dropped experts go to which kept expert."""
+    """Which segments of the dropped experts go to which kept expert.
+
+    ``needs_groups``: when true, it carries out the groups of a selector, and recipes must name one that groups.
+    """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
+    needs_groups: ClassVar[bool]
 
-    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment: ...
+    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
+        """Moves from segments of dropped experts to kept ones, on the CPU, with finite affinities.
+
+        A segment that is not listed is discarded; one that is listed with several targets goes to all of them.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +162,8 @@ class Match:
 
     affinity: Float[Tensor, "width kept"]
     partner: Int64[Tensor, "width kept"]
+    scale: Float[Tensor, "width kept"] | None = None
+    """What `Assignment.scale` becomes; None: 1."""
 
 
 @runtime_checkable
@@ -147,7 +173,9 @@ class Similarity(Protocol):
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
 
-    def match(self, bank: ExpertBank, dropped: int, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Match: ...
+    def match(self, bank: ExpertBank, dropped: int, kept: Int64[Tensor, " kept"], stats: LayerStats) -> Match:
+        """Finite affinities of the segments of expert ``dropped`` with the experts ``kept``; higher fits better."""
+        ...
 
 
 @runtime_checkable
@@ -159,6 +187,17 @@ class Pairwise(Protocol):
 
     def pairs(self, bank: ExpertBank, dropped: int, other: int, stats: LayerStats) -> Float[Tensor, "width width"]:
         """Affinity of neuron i of expert ``dropped`` (row) and neuron j of expert ``other`` (column), float32."""
+        ...
+
+
+@runtime_checkable
+class Rescaling(Protocol):
+    """A similarity that compares neurons up to ``(u, d) → (c u, d / c)``, and can say which c it means."""
+
+    def scale(
+        self, bank: ExpertBank, dropped: int, other: int, partner: Int64[Tensor, " width"], stats: LayerStats
+    ) -> Float[Tensor, " width"] | None:
+        """`Match.scale` for each neuron of ``dropped`` and its ``partner`` in ``other``; None: 1."""
         ...
 
 
@@ -180,6 +219,20 @@ class Merge(Protocol):
 
 
 @runtime_checkable
+class BiasMerge(Protocol):
+    """A merge that also says what becomes of a kept expert's down bias, which no segment carries.
+
+    Not a kind of its own: where a merge class has no `merge_bias`, each expert keeps its own bias.
+    """
+
+    name: ClassVar[str]
+
+    def merge_bias(self, pool: Pool) -> Float[Tensor, " hidden"]:
+        """The new bias, float64. Called only where something arrives and `Pool.down_bias` is there."""
+        ...
+
+
+@runtime_checkable
 class Router(Protocol):
     """How the kept experts' router rows follow from the moves."""
 
@@ -191,8 +244,9 @@ class Router(Protocol):
     ) -> Float[Tensor, "kept row"]:
         """New rows. A row that the method does not change must keep its bits (float32 in, float32 out).
 
-        Where the family adds a bias to the logits, it is the last feature of each row. Correction biases, which take
-        part in the choice alone, are not in the rows: they are sliced.
+        Where the family adds a bias to the logits, it is the last feature of each row, and `LayerPlan.biased_rows` is
+        true. Correction biases, which take part in the choice alone, are not in the rows: they are sliced.
+        ``stats.router_inputs`` are what the rows are multiplied with, after any norm or projection of the router's own.
         """
         ...
 
@@ -290,7 +344,21 @@ class Block(Protocol):
         ...
 
     def replace(self, compressed: CompressedLayer) -> None:
-        """Surgery: put the resized tensors, and the sizes that modules remember, into the live module."""
+        """Surgery: put the resized tensors, and the sizes that modules remember, into the live module.
+
+        Once only; ``dims`` are then the new ones.
+        """
+        ...
+
+    def padding(self) -> str | None:
+        """The name among `ExpertBank.per_expert` of a bias that, when low, keeps an expert from ever being chosen.
+
+        None where the router has none; then layers with fewer experts cannot be padded to the count of others.
+        """
+        ...
+
+    def uneven(self) -> bool:
+        """Whether the block works with a number of experts that is not the config's."""
         ...
 
     def on_router_inputs(self, callback: Callable[[Tensor], None]) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dernkit.document import Document, Keys
 from dernkit.errors import DernkitError, RecipeError
-from dernkit.sentences import did_you_mean, shown
+from dernkit.sentences import did_you_mean, reason, shown
 from dernkit.shapes import Maybe, Nested, Shape
 
 if TYPE_CHECKING:
@@ -122,6 +122,11 @@ class Binder:
             self.requires.append((component.name, self.registry.requires(component.kind, instance)))
         except (ValueError, DernkitError) as error:
             self.problem(keys, str(error))
+            return None
+        except (Exception, SystemExit) as error:
+            found = f"{type(error).__name__}: {reason(error)}"
+            origin = component.provenance.origin
+            self.problem(keys, f"{component.kind} '{component.name}' of {origin} must be built. Got {found} instead.")
             return None
         return instance
 

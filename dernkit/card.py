@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from dernkit.models.export import Export
 from dernkit.models.folder import SOURCE_CARD
 from dernkit.types import LayerPlan
 
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 
 
 def render(
-    model: str, recipe: Recipe, plans: Sequence[LayerPlan], *, mtp: bool = False, quantisation: str | None = None
+    model: str,
+    recipe: Recipe,
+    plans: Sequence[LayerPlan],
+    result: Export,
+    *,
+    mtp: bool = False,
+    quantisation: str | None = None,
 ) -> str:
     """README.md of the output: what it was made from, how, and which experts it has; no time and no path.
 
@@ -25,6 +32,7 @@ def render(
         model: what the user called the source.
         recipe: how it was made.
         plans: of all layers.
+        result: how it was written.
         mtp: whether the source has multi-token-prediction layers.
         quantisation: how the source is quantised.
     """
@@ -35,15 +43,18 @@ def render(
     if quantisation:
         extra += f"\nThe source is quantised ({quantisation}). It was read as bf16, and these weights are bf16.\n"
     kept = "\n".join(f"| {plan.layer} | {', '.join(map(str, plan.kept.tolist()))} |" for plan in plans)
+    library = "dernkit" if result.kind == "dernkit" else "transformers"
     return f"""---
-library_name: transformers
+library_name: {library}
 tags: [mixture-of-experts, dernkit, expert-pruning]
 ---
-# {name}, {len(plans[0].kept)} of {plans[0].experts} experts
+# {name}, {result.spread} of {plans[0].experts} experts
+
+{result.sentence()}
 
 Made from `{name}` by dernkit {metadata.version("dernkit")} without training:
-every MoE layer keeps {len(plans[0].kept)} of {plans[0].experts} experts. It loads in stock transformers. The source's
-licence applies; its own card, if it has one, is `{SOURCE_CARD}`.
+every MoE layer keeps {result.spread} of {plans[0].experts} experts. The source's licence applies; its own card, if it
+has one, is `{SOURCE_CARD}`.
 {extra}
 | layer | kept experts (their indices in the source) |
 |---|---|

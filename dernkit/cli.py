@@ -51,9 +51,22 @@ def main() -> None:
 @_RECIPE
 @_MODEL
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory; the result is OUT/model.")
+@click.option(
+    "--statistics",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The stats.safetensors of another run with this model, used instead of calibrating.",
+)
 @_SET
 @_TRUST
-def run(recipe: Path, model: str, out: Path, overrides: tuple[str, ...], trust_remote_code: bool) -> None:
+def run(
+    recipe: Path,
+    model: str,
+    out: Path,
+    statistics: Path | None,
+    overrides: tuple[str, ...],
+    trust_remote_code: bool,
+) -> None:
     """Calibrate, plan, apply, evaluate and report, as RECIPE says.
 
     A stage whose inputs have not changed is skipped; a killed run goes on where it was.
@@ -65,7 +78,7 @@ def run(recipe: Path, model: str, out: Path, overrides: tuple[str, ...], trust_r
     from dernkit.run import Run
 
     bound = load_recipe(recipe, registry, overrides)
-    work = Run(bound, model, resolve(model), out, registry, for_terminal(), trust_remote_code)
+    work = Run(bound, model, resolve(model), out, registry, for_terminal(), trust_remote_code, statistics)
     click.echo(f"report: {work.execute()}")
     click.echo(f"model:  {out / 'model'}")
 
@@ -96,8 +109,9 @@ def inspect(model: str, as_json: bool, explain: bool, trust_remote_code: bool) -
     if explain:
         _explain(path, adapters, trust_remote_code)
         return
-    source = open_source(path, adapters, trust_remote_code=trust_remote_code)
-    facts = describe(source) | abilities(source)
+    with registry.naming_plugins():
+        source = open_source(path, adapters, trust_remote_code=trust_remote_code)
+        facts = describe(source) | abilities(source)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
@@ -139,7 +153,7 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("family", facts["family"]),
         ("MoE layers", f"{facts['moe_layers']} (decoder layers {_ranges(facts['layers'])})"),
         *([("MTP layers", mtp)] if facts["mtp_bytes"] else []),
-        ("experts", f"{facts['experts']} per layer, top-{facts['top_k']}"),
+        ("experts", f"{_spread(facts['experts_by_layer'])} per layer, top-{facts['top_k']}"),
         ("router", facts["router"]),
         ("groups", groups),
         ("width", f"{facts['width']} (hidden {facts['hidden']})"),
@@ -151,6 +165,10 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("in experts", f"{facts['expert_bytes']:,} bytes ({share:.1%})"),
         ("can", facts["can"]),
     ]
+
+
+def _spread(counts: list[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -173,8 +191,11 @@ def plugins(as_json: bool) -> None:
         {
             "kind": component.kind,
             "name": component.name,
+            "plugin": component.provenance.plugin,
             "distribution": component.provenance.distribution,
             "version": component.provenance.version,
+            "file": component.provenance.file,
+            "line": component.provenance.line,
             "source": f"{Path(component.provenance.file).name}:{component.provenance.line}",
             "summary": component.summary,
         }
@@ -235,7 +256,10 @@ def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_
         raise RecipeError(f"{recipe}: evaluate: must list at least one evaluator. Got none instead.")
     path = resolve(model)
     use_architecture(path, registry.components("architecture"))
-    results = measure(path, bound.evaluators, for_terminal(), what="model", trust_remote_code=trust_remote_code)
+    adapters = [component.cls() for component in registry.components("adapter")]
+    options: dict[str, Any] = {"adapters": adapters, "trust_remote_code": trust_remote_code}
+    with registry.naming_plugins():
+        results = measure(path, bound.evaluators, for_terminal(), what="model", **options)
     click.echo(json.dumps(results, indent=1))
 
 

@@ -72,6 +72,18 @@ PROTOCOLS = {kind.protocol: kind.name for kind in KINDS.values()}
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """A plugin and the distribution that brings it."""
+
+    plugin: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"plugin '{self.plugin}' ({self.distribution} {self.version})"
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance:
     """Where a component comes from."""
 
@@ -84,7 +96,7 @@ class Provenance:
     @property
     def origin(self) -> str:
         """Plugin and distribution in words."""
-        return f"plugin '{self.plugin}' ({self.distribution} {self.version})"
+        return str(Origin(self.plugin, self.distribution, self.version))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +132,7 @@ def component_of(kind: Kind, cls: Any, provenance: Provenance) -> Component:
             _check_method(kind, cls, method)
         options = _options(cls)
         _check_attributes(kind, cls, options)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         called = cls.__name__ if isinstance(cls, type) else repr(cls)
         reason = f"must be readable. Got {type(error).__name__}: {error} instead."
         reason = str(error) if isinstance(error, ValueError) else reason
@@ -129,13 +141,16 @@ def component_of(kind: Kind, cls: Any, provenance: Provenance) -> Component:
     return Component(kind.name, cls.name, cls, options, provenance)
 
 
-def provenance_of(cls: Any, plugin: str, distribution: str, version: str) -> Provenance:
-    """Where a class comes from; file ``?`` when its source cannot be read."""
-    try:
-        file, line = inspect.getsourcefile(cls) or "?", inspect.getsourcelines(cls)[1]
-    except (OSError, TypeError):
-        file, line = "?", 0
-    return Provenance(plugin, distribution, version, file, line)
+def provenance_of(cls: Any, origin: Origin, hook: Any = None) -> Provenance:
+    """Where a class comes from (what is none: the hook that returned it); file ``?`` when no source can be read."""
+    file, line = "?", 0
+    for place in (cls, hook):
+        try:
+            file, line = inspect.getsourcefile(place) or "?", inspect.getsourcelines(place)[1]
+            break
+        except (OSError, TypeError):
+            continue
+    return Provenance(origin.plugin, origin.distribution, origin.version, file, line)
 
 
 def _check_dataclass(cls: Any) -> None:
@@ -180,7 +195,7 @@ def _options(cls: Any) -> tuple[Option, ...]:
 
 
 def _check_attributes(kind: Kind, cls: Any, options: tuple[Option, ...]) -> None:
-    """``requires``, ``widens`` and ``filename``; a property is looked up on a default instance if there can be one."""
+    """``requires``, flags, ``filename``; a property is looked up on a default instance if there can be one."""
     for attribute in sorted(kind.attributes - {"name"}):
         if any(option.name == attribute for option in options):
             raise ValueError(f"must have a class attribute `{attribute}`. Got an option instead. Use ClassVar.")
@@ -200,8 +215,8 @@ def check_attribute(attribute: str, value: Any) -> None:
         if unknown := sorted(map(str, value - STATISTICS.keys())):
             known = ", ".join(STATISTICS)
             raise ValueError(f"must require known statistics. Got '{unknown[0]}' instead. Known: {known}.")
-    elif attribute == "widens" and not isinstance(value, bool):
-        raise ValueError(f"must have `widens` true or false. Got {value!r} instead.")
+    elif attribute in ("widens", "groups", "needs_groups", "needs_measures") and not isinstance(value, bool):
+        raise ValueError(f"must have `{attribute}` true or false. Got {value!r} instead.")
     elif attribute == "filename" and not isinstance(value, str):
         raise ValueError(f"must have a `filename`. Got {value!r} instead.")
 

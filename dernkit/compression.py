@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dernkit.api import Block
 from dernkit.errors import RecipeError
+from dernkit.models.export import check_export
 from dernkit.models.groups import regrouped
 from dernkit.models.quantised import refuse_quantised
 from dernkit.models.stack import find_blocks
 from dernkit.progress import Progress, Silent
 from dernkit.recipe import Recipe, bind_recipe, load_recipe
 from dernkit.registry import Registry
+from dernkit.stages import sequential
 from dernkit.stages.apply import apply_live, check_new_width
-from dernkit.stages.calibrate import calibrate_live, eager_experts
+from dernkit.stages.calibrate import Live, calibrate_live, eager_experts
 from dernkit.stages.plan import plan_blocks
 from dernkit.types import LayerPlan, LayerStats
 
@@ -31,6 +34,9 @@ def compress(
 ) -> list[LayerPlan]:
     """Compress a loaded ``PreTrainedModel`` in place, config included; ``model.save_pretrained`` then works as usual.
 
+    Where layers keep different numbers of experts and `apply.export` does not pad them, what it saves is for
+    `dernkit.load_model`: its config has a field ``dernkit_experts``, and transformers refuses to load it.
+
     Args:
         model: a causal language model of a family that an adapter knows, weights in float32, bfloat16 or float16.
         recipe: a bound recipe, plain data, or the path of a recipe file. Its ``calibrate.source`` and ``evaluate`` are
@@ -44,15 +50,22 @@ def compress(
         The plan of every MoE layer.
 
     Raises:
-        DernkitError: with one sentence; the model is then unchanged.
+        DernkitError: with one sentence; the model is then unchanged, but for what a component of a plugin may have
+            written into its weights (which is such an error, where it is seen).
     """
     registry = registry or Registry.load()
-    progress = progress or Silent()
-    bound = _bound(recipe, registry)
+    with registry.naming_plugins():
+        return _compress(model, _bound(recipe, registry), batches, registry, progress or Silent())
+
+
+def _compress(
+    model: Any, bound: Recipe, batches: Iterable[Tensor], registry: Registry, progress: Progress
+) -> list[LayerPlan]:
     refuse_quantised(model)
     blocks = find_blocks(model, [component.cls() for component in registry.components("adapter")])
     blocks = regrouped(model, blocks, collapse=bound.plan.groups == "collapse")
     check_new_width(blocks, bound.apply.width)
+    check_export(blocks, bound.apply.export)
     for block in blocks:
         block.router_kind()  # runs the router: one that does not do what its shapes say is refused here
     tokens = list(batches)
@@ -61,25 +74,34 @@ def compress(
             f"batches: must hold calibration tokens, as the recipe reads {', '.join(sorted(bound.requires))}. "
             f"Got none instead."
         )
-    stats: dict[int, LayerStats] = {}
-    if bound.requires:
-        sample = bound.calibrate.sample if bound.calibrate else 0
-        stats = calibrate_live(
-            model, blocks, tokens, bound.requires, sample_size=sample, seed=bound.seed, progress=progress
-        )
-    with eager_experts(model):
-        plans = plan_blocks(blocks, bound.plan, stats, _Loaded(), progress)
+    stats, plans = _decided(model, blocks, tokens, bound, progress)
     how = bound.apply
-    apply_live(model, blocks, plans, how.merge, how.router, seed=bound.seed, width=how.width, stats=stats)
+    apply_live(
+        model,
+        blocks,
+        plans,
+        how.merge,
+        how.router,
+        seed=bound.seed,
+        width=how.width,
+        export=how.export,
+        stats=stats,
+    )
     return plans
 
 
-class _Loaded:
-    def load(self, prefix: str) -> None:
-        """Already there."""
-
-    def unload(self, prefix: str) -> None:
-        """Stays."""
+def _decided(
+    model: Any, blocks: Sequence[Block], tokens: Sequence[Tensor], bound: Recipe, progress: Progress
+) -> tuple[dict[int, LayerStats], list[LayerPlan]]:
+    """Statistics of every MoE layer, and its plan; the model stays as it is."""
+    stats: dict[int, LayerStats] = {}
+    if bound.requires and bound.calibrate:
+        sizes: Any = {"sample_size": bound.calibrate.sample, "seed": bound.seed, "progress": progress}
+        if bound.calibrate.sequential:
+            return sequential.calibrate_live(model, blocks, tokens, bound.requires, bound.plan, bound.apply, **sizes)
+        stats = calibrate_live(model, blocks, tokens, bound.requires, **sizes)
+    with eager_experts(model):
+        return stats, plan_blocks(blocks, bound.plan, stats, Live(), progress)
 
 
 def _bound(recipe: Recipe | Mapping[str, Any] | Path | str, registry: Registry) -> Recipe:

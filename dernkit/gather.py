@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from dernkit.artifacts import read_json
+from dernkit.models.export import Export
 from dernkit.models.source import SourceModel, open_source
 from dernkit.stages.apply import expert_bytes
 
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 def gather(out: Path, source: SourceModel, model: str, recipe: Recipe) -> dict[str, Any]:
     """Read the artifacts of the run directory ``out`` made from ``source``, which the user called ``model``."""
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    before = describe(source)
+    after = describe(open_source(out / "model", source.adapters, trust_remote_code=source.trust_remote_code))
     evaluation = out / "eval.json"
-    calibrated = recipe.calibrate is not None and bool(recipe.requires)
+    calibrated = recipe.calibrate if recipe.requires else None
     lock = yaml.safe_load((out / "recipe.lock.yaml").read_text(encoding="utf-8"))
     return {
         "name": out.resolve().name,
@@ -30,12 +34,34 @@ def gather(out: Path, source: SourceModel, model: str, recipe: Recipe) -> dict[s
         "lock": lock,
         "plan": plan,
         "evaluation": json.loads(evaluation.read_text(encoding="utf-8")) if recipe.evaluators else None,
-        "calibration": {"tokens": _tokens(out / "stats.safetensors")} if calibrated else None,
+        "calibration": {
+            "tokens": _tokens(out / "stats.safetensors"),
+            "statistics": lock.get("statistics"),
+            "sequential": calibrated.sequential,
+        }
+        if calibrated
+        else None,
         "stages": read_json(out / "run.json").get("stages", {}),
-        "source": describe(source),
-        "result": describe(
-            open_source(out / "model", source.adapters, trust_remote_code=source.trust_remote_code),
-        ),
+        "source": before,
+        "result": after,
+        "export": _export(plan, after),
+    }
+
+
+def _export(plan: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """How many experts each layer keeps, and what that means for who can load the result."""
+    counts = tuple(len(layer["kept"]) for layer in plan["layers"].values())
+    written = result["experts_by_layer"]
+    kind = "padded" if list(counts) != written else "even" if len(set(counts)) == 1 else "dernkit"
+    export, extra = Export(kind, counts), len(result["mtp_layers"])
+    real, places = (sum(sizes) + extra * sizes[-1] for sizes in (counts, written))
+    padding = result["expert_bytes"] * (places - real) // places
+    cost = f", {padding:,} bytes of zeros" if padding else ""
+    return {
+        "kind": kind,
+        "experts_by_layer": list(counts),
+        "padding_bytes": padding,
+        "sentence": export.sentence(cost),
     }
 
 
@@ -50,7 +76,8 @@ def describe(source: SourceModel) -> dict[str, Any]:
         "family": source.config.model_type,
         "moe_layers": len(blocks),
         "layers": [block.layer for block in blocks],
-        "experts": dims.experts,
+        "experts": max(block.dims.experts for block in blocks),
+        "experts_by_layer": [block.dims.experts for block in blocks],
         "top_k": dims.top_k,
         "width": dims.width,
         "hidden": dims.hidden,
@@ -71,6 +98,8 @@ def describe(source: SourceModel) -> dict[str, Any]:
 
 def abilities(source: SourceModel) -> dict[str, str]:
     """What can be done with a checkpoint, in words; takes one or two more builds on the meta device."""
+    if source.counts is not None:
+        return {"can": "load with dernkit.load_model, evaluate", "new_width": "none; compress what it was made from"}
     block = source.outline[1][0]
     steps = f" in steps of {block.dims.groups}" if block.dims.groups > 1 else ""
     keep = f"keep {block.dims.smallest_keep} to {block.dims.experts} experts{steps}"

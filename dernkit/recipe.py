@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dernkit.binding import Binder
 from dernkit.document import Document, Keys, override, read_document
 from dernkit.sentences import expected
-from dernkit.shapes import Choice, Number, plain
+from dernkit.shapes import Choice, Flag, Number, plain
 
 if TYPE_CHECKING:
     from dernkit.api import Assigner, Budget, Evaluator, Merge, Report, Router, Scorer, Selector, Source
@@ -30,14 +30,16 @@ LENGTH = Number(integer=True, low=2, high=1_048_576)
 BATCH_SIZE = Number(integer=True, low=1, high=4096)
 SAMPLE = Number(integer=True, low=1, high=100_000_000)
 DEFAULT_SEED, DEFAULT_BATCH_SIZE, DEFAULT_SAMPLE = 0, 8, 16_384
+SEQUENTIAL, DEFAULT_SEQUENTIAL = Flag(), False
 GROUPS, DEFAULT_GROUPS = Choice(("respect", "collapse")), "respect"
 WIDTH = Number(integer=True, low=1, high=10_000_000)
 MTP, DEFAULT_MTP = Choice(("compress", "drop")), "compress"
+EXPORT, DEFAULT_EXPORT = Choice(("auto", "padded", "dernkit")), "auto"
 
 TOP = ("dernkit", "seed", "calibrate", "plan", "apply", "evaluate", "report")
-CALIBRATE = ("source", "sequences", "length", "batch_size", "sample")
+CALIBRATE = ("source", "sequences", "length", "batch_size", "sample", "sequential")
 PLAN = ("keep", "score", "budget", "select", "assign", "groups")
-APPLY = ("merge", "router", "width", "mtp")
+APPLY = ("merge", "router", "width", "mtp", "export")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class CalibrateSpec:
     batch_size: int
     sample: int
     """Layer inputs in the reservoir, for components that read one."""
+    sequential: bool = DEFAULT_SEQUENTIAL
+    """Whether each layer sees what the compressed layers before it put out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,9 @@ class ApplySpec:
     """Neurons of every expert after surgery; None: what the merge needs."""
     mtp: str = DEFAULT_MTP
     """Multi-token-prediction layers: ``compress`` (by the plan of the last MoE layer) or ``drop``."""
+    export: str = DEFAULT_EXPORT
+    """Where layers keep different numbers of experts: ``padded`` to the largest with experts that are never chosen,
+    which any runtime loads; ``dernkit``, which only dernkit loads; ``auto``: padded where the router allows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +131,13 @@ class Recipe:
             data["calibrate"] = {"source": plain(self.calibrate.source), **sizes}
         return data | {
             "plan": plan,
-            "apply": {**apply, "router": plain(self.apply.router), **width, "mtp": self.apply.mtp},
+            "apply": {
+                **apply,
+                "router": plain(self.apply.router),
+                **width,
+                "mtp": self.apply.mtp,
+                "export": self.apply.export,
+            },
             "evaluate": [plain(evaluator) for evaluator in self.evaluators],
             "report": plain(self.report),
         }
@@ -161,6 +174,7 @@ def _bind(document: Document, registry: Registry) -> Recipe:
     evaluators = tuple(binder.component(("evaluate", i), "evaluator") for i in binder.entries(("evaluate",)))
     report = binder.component(("report",), "report", DEFAULT_REPORT)
     requires = _check_statistics(binder)
+    _check_sequential(binder, calibrate, plan)
     document.raise_problems()
     return Recipe(version, seed, calibrate, plan, apply, evaluators, report, requires)
 
@@ -175,6 +189,7 @@ def _calibrate(binder: Binder) -> CalibrateSpec | None:
         length=binder.entry((*here, "length"), LENGTH),
         batch_size=binder.entry((*here, "batch_size"), BATCH_SIZE, DEFAULT_BATCH_SIZE),
         sample=binder.entry((*here, "sample"), SAMPLE, DEFAULT_SAMPLE),
+        sequential=binder.entry((*here, "sequential"), SEQUENTIAL, DEFAULT_SEQUENTIAL),
     )
 
 
@@ -185,13 +200,29 @@ def _plan(binder: Binder) -> PlanSpec:
             binder.missing(here)
         return PlanSpec(1, None, None, None, None)  # type: ignore[arg-type]
     assigned = binder.value((*here, "assign")) is not None
-    return PlanSpec(
+    plan = PlanSpec(
         keep=binder.entry((*here, "keep"), Keep()),
         scorer=binder.component((*here, "score"), "scorer"),
         budget=binder.component((*here, "budget"), "budget", DEFAULT_BUDGET),
         selector=binder.component((*here, "select"), "selector", DEFAULT_SELECTOR),
         assigner=binder.component((*here, "assign"), "assigner") if assigned else None,
         groups=binder.entry((*here, "groups"), GROUPS, DEFAULT_GROUPS),
+    )
+    _check_groups(binder, plan)
+    return plan
+
+
+def _check_groups(binder: Binder, plan: PlanSpec) -> None:
+    """An assigner that carries out groups needs a selector that makes them."""
+    assigner, selector = plan.assigner, plan.selector
+    if assigner is None or selector is None or not assigner.needs_groups or selector.groups:
+        return
+    selectors: dict[str, Any] = {each.name: each.cls for each in binder.registry.components("selector")}
+    grouping = [name for name, cls in selectors.items() if cls.groups]
+    binder.problem(
+        ("plan", "assign"),
+        f"'{assigner.name}' needs a selector that groups experts. Got '{selector.name}' instead. "
+        f"Set plan.select; installed ones that group: {', '.join(grouping) or 'none'}.",
     )
 
 
@@ -217,6 +248,7 @@ def _apply(binder: Binder) -> ApplySpec:
         router=binder.component((*here, "router"), "router", DEFAULT_ROUTER),
         width=binder.entry((*here, "width"), WIDTH) if binder.value((*here, "width")) is not None else None,
         mtp=binder.entry((*here, "mtp"), MTP, DEFAULT_MTP),
+        export=binder.entry((*here, "export"), EXPORT, DEFAULT_EXPORT),
     )
 
 
@@ -229,3 +261,13 @@ def _check_statistics(binder: Binder) -> frozenset[str]:
                 binder.problem(("calibrate",), f"must be given, because {found}. Got nothing instead.")
                 break
     return frozenset().union(*(needed for _, needed in binder.requires))
+
+
+def _check_sequential(binder: Binder, calibrate: CalibrateSpec | None, plan: PlanSpec) -> None:
+    """A layer is decided on when the later ones have not run yet."""
+    if calibrate is not None and calibrate.sequential and plan.budget is not None and plan.budget.needs_measures:
+        binder.problem(
+            ("calibrate", "sequential"),
+            f"sequential needs a budget that knows its counts before any layer has run. Got '{plan.budget.name}', "
+            f"which looks at all layers first, instead. Use {{use: {DEFAULT_BUDGET}}}, or leave out sequential.",
+        )

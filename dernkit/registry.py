@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import pluggy
 
 from dernkit import hookspecs
-from dernkit.components import KINDS, Component, Kind, check_attribute, component_of, provenance_of
-from dernkit.errors import PluginError, RecipeError
+from dernkit.admission import (
+    broken,
+    check_arguments,
+    check_collision,
+    check_imports,
+    check_named,
+    check_version,
+    naming_deprecated,
+)
+from dernkit.api import API_VERSION
+from dernkit.components import KINDS, Component, Kind, Origin, check_attribute, component_of, provenance_of
+from dernkit.errors import ContractError, PluginError, RecipeError
 from dernkit.sentences import did_you_mean
 
 GROUP = "dernkit"
@@ -19,10 +31,18 @@ GROUP = "dernkit"
 
 BUILTINS = (
     "dernkit.builtin.scorers",
+    "dernkit.builtin.weight_scorers",
+    "dernkit.builtin.output_scorers",
+    "dernkit.builtin.protection",
     "dernkit.builtin.budgets",
     "dernkit.builtin.selectors",
+    "dernkit.builtin.groupings",
     "dernkit.builtin.assigners",
+    "dernkit.builtin.whole_expert",
     "dernkit.builtin.similarities",
+    "dernkit.builtin.activation_similarities",
+    "dernkit.builtin.matched",
+    "dernkit.builtin.expert_similarities",
     "dernkit.builtin.merges",
     "dernkit.builtin.routers",
     "dernkit.builtin.sources",
@@ -36,13 +56,19 @@ class Registry:
     """All components that recipes can name. There is no global one: whoever needs a registry is given it.
 
     ``problems`` holds a PluginError for each thing that an installed plugin got wrong; the rest of it is usable.
+
+    Args:
+        specs: a module with the hooks' specifications.
+        version: version of the plugin API that they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, specs: ModuleType = hookspecs, version: int = API_VERSION) -> None:
         self.problems: list[PluginError] = []
         self._components: dict[tuple[str, str], Component] = {}
+        self._version = version
+        self._specs = {name: spec.hook for name, spec in vars(specs).items() if name.startswith("dernkit_")}
         self._hooks = pluggy.PluginManager("dernkit")
-        self._hooks.add_hookspecs(hookspecs)
+        self._hooks.add_hookspecs(specs)
 
     @classmethod
     def load(cls, entry_points: bool = True) -> Registry:
@@ -62,12 +88,25 @@ class Registry:
         Raises:
             PluginError: the first thing that is wrong with it.
         """
-        components, problems = self._inspect(plugin, name, distribution, version)
+        origin = Origin(name, distribution, version)
+        components, problems = self._inspect(plugin, origin)
         if problems:
-            if self._hooks.get_plugin(f"{distribution}:{name}") is plugin:
+            if self._hooks.get_plugin(_key(origin)) is plugin:
                 self._hooks.unregister(plugin)
             raise problems[0]
         self._add(components)
+
+    @contextmanager
+    def naming_plugins(self) -> Iterator[None]:
+        """A ContractError that leaves has its plugin and distribution in front of the sentence."""
+        try:
+            yield
+        except ContractError as error:
+            component = self._components.get((error.kind, error.component))
+            if component is None:
+                raise
+            who = f"{component.provenance.origin}, "
+            raise error.by(who, error.kind, error.component, error.layer) from error
 
     def names(self, kind: str) -> list[str]:
         """The installed names of a kind, in alphabetical order."""
@@ -105,80 +144,92 @@ class Registry:
         return found
 
     def _load_entry_point(self, point: metadata.EntryPoint) -> None:
-        distribution, version = _distribution(point)
+        origin = Origin(point.name, *_distribution(point))
         try:
+            check_named(origin)
             plugin = point.load()
+            check_imports(origin, plugin)
+        except PluginError as problem:
+            self.problems.append(problem)
         except (Exception, SystemExit) as error:
-            self.problems.append(_broken(point.name, distribution, version, "be importable", error))
-            return
-        components, problems = self._inspect(plugin, point.name, distribution, version)
-        self._add(components)
-        self.problems += problems
+            self.problems.append(broken(origin, "be importable", error))
+        else:
+            components, problems = self._inspect(plugin, origin)
+            self._add(components)
+            self.problems += problems
 
     def _add(self, components: Iterable[Component]) -> None:
         self._components |= {(component.kind, component.name): component for component in components}
 
-    def _inspect(
-        self, plugin: Any, name: str, distribution: str, version: str
-    ) -> tuple[list[Component], list[PluginError]]:
+    def _inspect(self, plugin: Any, origin: Origin) -> tuple[list[Component], list[PluginError]]:
         """The valid components of a plugin and a problem for each of the others."""
         try:
-            self._register_hooks(plugin, f"{distribution}:{name}")
+            check_named(origin)
+            check_version(origin, plugin, self._version)
+            for function, spec in self._implementations(plugin):
+                check_arguments(origin, function, spec)
+            self._register_hooks(plugin, origin)
+        except PluginError as problem:
+            return [], [problem]
         except Exception as error:
-            return [], [_broken(name, distribution, version, "implement hooks of dernkit as they are specified", error)]
+            return [], [broken(origin, "implement hooks of dernkit as they are specified", error)]
         components: dict[tuple[str, str], Component] = {}
         problems = []
-        for kind in KINDS.values():
+        for kind, hook in self._kinds_by_hook():
             try:
-                classes = self._classes(kind, plugin)
-            except Exception as error:
-                problems.append(_broken(name, distribution, version, f"return classes from {kind.hook}()", error))
+                classes = self._classes(hook, plugin)
+            except (Exception, SystemExit) as error:
+                problems.append(broken(origin, f"return classes from {hook}()", error))
                 continue
             for cls in classes:
                 try:
-                    component = component_of(kind, cls, provenance_of(cls, name, distribution, version))
-                    _check_collision(self._components | components, component)
+                    component = component_of(kind, cls, provenance_of(cls, origin, getattr(plugin, hook, None)))
+                    check_collision(self._components | components, component)
                     components[component.kind, component.name] = component
                 except PluginError as error:
                     problems.append(error)
         return list(components.values()), problems
 
-    def _register_hooks(self, plugin: Any, name: str) -> None:
+    def _kinds_by_hook(self) -> Iterator[tuple[Kind, str]]:
+        """Every hook that is specified, those included that others have replaced, and the kind that it provides."""
+        for kind in KINDS.values():
+            hooks = [name for name, hook in self._specs.items() if kind.hook in (name, hook.replaced_by)]
+            yield from ((kind, name) for name in hooks)
+
+    def _implementations(self, plugin: Any) -> Iterator[tuple[Any, hookspecs.Hook]]:
+        """The functions of a plugin that implement a specified hook."""
+        for name in dir(plugin):
+            options = self._hooks.parse_hookimpl_opts(plugin, name)
+            hook = self._specs.get((options.get("specname") or name) if options else "")
+            if hook is not None:
+                yield getattr(plugin, name), hook
+
+    def _register_hooks(self, plugin: Any, origin: Origin) -> None:
         try:
-            self._hooks.register(plugin, name)
+            with naming_deprecated(origin):
+                self._hooks.register(plugin, _key(origin))
             self._hooks.check_pending()
         except pluggy.PluginValidationError as error:
             unknown = [hook.name for hook in self._hooks.get_hookcallers(plugin) or [] if not hook.has_spec()]
-            self._hooks.unregister(plugin)
-            hint = did_you_mean(unknown[0], [kind.hook for kind in KINDS.values()]) if unknown else ""
+            if self._hooks.is_registered(plugin):
+                self._hooks.unregister(plugin)
+            hint = did_you_mean(unknown[0], self._specs) if unknown else ""
             raise ValueError(f"{' '.join(str(error).split())}. {hint}".strip()) from error
 
-    def _classes(self, kind: Kind, plugin: Any) -> list[Any]:
-        hook = getattr(self._hooks.hook, kind.hook)
+    def _classes(self, hook: str, plugin: Any) -> list[Any]:
+        unused = self._specs[hook].unused
         found: list[Any] = []
-        for implementation in hook.get_hookimpls():
+        for implementation in getattr(self._hooks.hook, hook).get_hookimpls():
             if implementation.plugin is plugin:
-                classes = implementation.function()
+                classes = implementation.function(*(unused[name] for name in implementation.argnames))
                 if not isinstance(classes, list | tuple):
                     raise TypeError(f"{type(classes).__name__} is not a list")
                 found += classes
         return found
 
 
-def _check_collision(components: dict[tuple[str, str], Component], new: Component) -> None:
-    old = components.get((new.kind, new.name))
-    if old is not None:
-        raise PluginError(
-            f"{new.provenance.file}:{new.provenance.line}: {new.kind} '{new.name}' must have one provider. "
-            f"Got {new.provenance.origin} and, before it, {old.provenance.origin} instead. Uninstall or rename one."
-        )
-
-
-def _broken(name: str, distribution: str, version: str, must: str, error: BaseException) -> PluginError:
-    detail = f"{type(error).__name__}: {error}".rstrip(".")
-    problem = PluginError(f"plugin '{name}' ({distribution} {version}) must {must}. Got {detail} instead.")
-    problem.__cause__ = error
-    return problem
+def _key(origin: Origin) -> str:
+    return f"{origin.distribution}:{origin.plugin}"
 
 
 def _distribution(point: metadata.EntryPoint) -> tuple[str, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from dernkit import card
+from dernkit import card, given
 from dernkit.artifacts import (
     fresh,
     json_key,
@@ -29,16 +31,19 @@ from dernkit.digest import content_digests, digest, file_digest, missing_paths
 from dernkit.directory import EVAL, LOCK, MODEL, MOVES, PLAN, STATS, RunDirectory
 from dernkit.errors import CheckpointError, RecipeError
 from dernkit.gather import gather
+from dernkit.kernel import calls
 from dernkit.models.architecture import use_architecture
+from dernkit.models.export import check_export
 from dernkit.models.folder import RECORD as MADE_FROM
 from dernkit.models.folder import other_files
 from dernkit.models.source import SourceModel, open_source
+from dernkit.parts import ACTING, DECIDING, Parts
 from dernkit.progress import Progress
 from dernkit.recipe import Recipe
 from dernkit.registry import Registry
 from dernkit.sentences import reason
-from dernkit.stages import apply, calibrate, evaluate, journal, plan
-from dernkit.types import LayerStats
+from dernkit.stages import apply, calibrate, evaluate, journal, plan, sequential
+from dernkit.types import LayerPlan, LayerStats
 
 _TOKENIZER = ("token*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
 _VERSIONED = ("dernkit", "torch", "transformers", "safetensors")
@@ -56,6 +61,7 @@ class Run:
         registry: where the recipe's components come from.
         progress: where to report.
         trust_remote_code: whether code that comes with the model may run.
+        statistics: the `stats.safetensors` of another run with this model, to be used instead of calibrating.
     """
 
     recipe: Recipe
@@ -65,8 +71,13 @@ class Run:
     registry: Registry
     progress: Progress
     trust_remote_code: bool = False
+    statistics: Path | None = None
     _architecture: Component | None = field(init=False, default=None)
     """That of the model, where a plugin brings it."""
+
+    @property
+    def _parts(self) -> Parts:
+        return Parts(self.recipe, self.registry, self._architecture)
 
     @property
     def _place(self) -> RunDirectory:
@@ -79,7 +90,8 @@ class Run:
             DernkitError: with one sentence; what earlier stages made stays, no half output does.
         """
         try:
-            return self._execute()
+            with self.registry.naming_plugins():
+                return self._execute()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{getattr(error, 'filename', None) or self.out}: must be readable and writable while a run lasts. "
@@ -91,11 +103,13 @@ class Run:
         self._place.check(self.path)
         self._check_files()
         self._architecture = use_architecture(self.path, self.registry.components("architecture"))
-        source = open_source(self.path, self._adapters(), trust_remote_code=self.trust_remote_code)
+        source = open_source(self.path, self._parts.adapters(), trust_remote_code=self.trust_remote_code)
         plan.check_keep(source, self.recipe.plan)
         apply.check_new_width(source.outline[1], self.recipe.apply.width)
+        check_export(source.outline[1], self.recipe.apply.export)
+        fingerprint = source.fingerprint()
+        self._check_statistics(fingerprint)
         with self._place.locked():
-            fingerprint = source.fingerprint()
             self._write_lock(fingerprint)
             stats = self._calibrate(source, fingerprint)
             self._plan(source, stats, fingerprint)
@@ -105,13 +119,10 @@ class Run:
             self._place.tidy()
             return report
 
-    def _adapters(self) -> list[Any]:
-        return [component.cls() for component in self.registry.components("adapter")]
-
     def _check_files(self) -> None:
         """Files that the recipe names are there before anything expensive starts."""
         reads: list[tuple[str, Any]] = [(f"evaluate.{i}", part) for i, part in enumerate(self.recipe.evaluators)]
-        if self.recipe.calibrate is not None and self.recipe.requires:
+        if self._calibrates and self.recipe.calibrate is not None:
             reads.append(("calibrate.source", self.recipe.calibrate.source))
         for where, component in reads:
             for path in missing_paths(component):
@@ -120,107 +131,121 @@ class Run:
                     f"Correct the recipe, or override it with --set."
                 )
 
+    @property
+    def _calibrates(self) -> bool:
+        return bool(self.recipe.requires) and self.statistics is None
+
+    @property
+    def _sequential(self) -> bool:
+        return self.recipe.calibrate is not None and self.recipe.calibrate.sequential
+
+    def _check_statistics(self, fingerprint: str) -> None:
+        """Those of another run are good before anything is written."""
+        if self.statistics is None or not self.recipe.requires:
+            return
+        if self._sequential:
+            raise RecipeError(
+                "calibrate.sequential: statistics must be collected while the layers are compressed as this recipe "
+                "says. Got --statistics with those of another run instead. Leave out one of the two."
+            )
+        command = f"dernkit run {self.recipe.path or 'RECIPE'} --model {self.model} --out {self.out}"
+        given.check_given(self.statistics, fingerprint, self._parts.readers(), command)
+
     def _write_lock(self, fingerprint: str) -> None:
-        resolved = self.recipe.resolved()
-        origins: list[dict[str, Any]] = [
-            asdict(c.provenance) | {"file": Path(c.provenance.file).name, "kind": c.kind, "name": c.name}
-            for c in self.components()
-        ]
         lock = {
-            "recipe": resolved,
+            "recipe": self.recipe.resolved(),
             "model": {"name": self.model, "fingerprint": fingerprint},
-            "components": origins,
+            "components": self._parts.origins(),
             "versions": {name: metadata.version(name) for name in _VERSIONED},
         }
+        if self.statistics is not None and self.recipe.requires:
+            lock["statistics"] = str(self.statistics)
         text = yaml.safe_dump(lock, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
         self._place.write(LOCK, text)
-
-    def components(self) -> list[Any]:
-        """Registered components of everything that the recipe uses, nested ones included, by kind and name."""
-        recipe = self.recipe
-        parts: list[tuple[str, Any]] = [("scorer", recipe.plan.scorer), ("budget", recipe.plan.budget)]
-        parts += [("selector", recipe.plan.selector), ("assigner", recipe.plan.assigner)]
-        parts += [("merge", recipe.apply.merge), ("router", recipe.apply.router), ("report", recipe.report)]
-        parts += [("evaluator", evaluator) for evaluator in recipe.evaluators]
-        parts += [("source", recipe.calibrate.source)] if recipe.calibrate else []
-        parts += [("adapter", adapter) for adapter in self._adapters()]
-        used = {self._architecture} if self._architecture else set()
-        while parts:
-            kind, part = parts.pop()
-            if part is None:
-                continue
-            component = self.registry.get(kind, part.name)
-            used.add(component)
-            parts += [(option.nested, getattr(part, option.name)) for option in component.options if option.nested]
-        return sorted(used, key=lambda component: (component.kind, component.name))
-
-    def _versions(self, *kinds: str) -> list[Any]:
-        """What makes a stage's code: dernkit's version and those of the plugins that take part (the model's does)."""
-        taking_part = [c.provenance for c in self.components() if c.kind in (*kinds, "architecture")]
-        return [metadata.version("dernkit"), sorted({f"{p.distribution} {p.version}" for p in taking_part})]
 
     def _calibrate(self, source: SourceModel, fingerprint: str) -> dict[int, LayerStats]:
         spec, requires = self.recipe.calibrate, self.recipe.requires
         if spec is None or not requires:
             return {}
+        if self.statistics is not None:
+            self._copy_statistics(self.statistics)
+            return calibrate.load_stats(self.out / STATS)
         # `routed` is always counted: the report names experts that saw no token.
         requires = requires | {"routed"}
-        key = digest(
-            self.recipe.resolved()["calibrate"],
+        resolved = self.recipe.resolved()
+        surgery = {name: resolved["apply"].get(name) for name in ("merge", "router", "width")}
+        made_from = digest(
+            resolved["calibrate"],
             content_digests(spec.source),
             sorted(requires),
             self.recipe.seed,
             fingerprint,
             [(file.name, file_digest(file)) for pattern in _TOKENIZER for file in sorted(self.path.glob(pattern))],
-            self._versions("source", "adapter"),
+            self._parts.versions("source", "adapter"),
+            # Then the statistics are made with the plan, and with what it makes of the layers.
+            [resolved["plan"], surgery, self._parts.versions(*DECIDING, *ACTING)] if self._sequential else [],
         )
+        key = given.stats_key(fingerprint, made_from, sequential=self._sequential)
 
         def work() -> None:
             tokenizer = evaluate.load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
             rng = torch.Generator().manual_seed(self.recipe.seed)
-            tokens = spec.source.tokens(tokenizer, spec.sequences, spec.length, rng)
+            tokens = calls.tokens(spec.source, tokenizer, spec.sequences, spec.length, rng)
             calibrate.check_vocabulary(source, tokens)
-            stats = calibrate.calibrate_checkpoint(
-                source,
-                calibrate.batched(tokens, spec.batch_size),
-                requires,
-                sample_size=spec.sample,
-                seed=self.recipe.seed,
-                progress=self.progress,
-            )
+            batches = calibrate.batched(tokens, spec.batch_size)
+            options: Any = {"sample_size": spec.sample, "seed": self.recipe.seed, "progress": self.progress}
+            plans = None
+            if self._sequential:
+                how = (self.recipe.plan, self.recipe.apply)
+                stats, plans = sequential.calibrate_checkpoint(source, batches, requires, *how, **options)
+            else:
+                stats = calibrate.calibrate_checkpoint(source, batches, requires, **options)
             with self._place.renamed(STATS) as file:
                 calibrate.save_stats(stats, file, key)
+            if plans is not None:  # a run that is killed before this makes the same plans from the statistics
+                self._save_plan(plans, stats, fingerprint)
 
+        refuse_broken(self.out / PLAN)
         self._place.stage("calibrate", safetensors_key(self.out / STATS) == key, work)
         return calibrate.load_stats(self.out / STATS)
 
-    def _plan(self, source: SourceModel, stats: dict[int, LayerStats], fingerprint: str) -> None:
-        made_from = file_digest(self.out / STATS) if stats else ""
-        key = digest(
-            self.recipe.resolved()["plan"],
-            made_from,
-            fingerprint,
-            self._versions("scorer", "budget", "selector", "assigner", "similarity", "adapter"),
-        )
+    def _copy_statistics(self, file: Path) -> None:
+        def work() -> None:
+            with self._place.renamed(STATS) as copy:
+                shutil.copyfile(file, copy)
 
+        there = self.out / STATS
+        self._place.stage("calibrate", there.exists() and file_digest(there) == file_digest(file), work)
+
+    def _plan_key(self, stats: Mapping[int, LayerStats], fingerprint: str) -> tuple[str, str]:
+        """Digests of all that the plan is made from, and of the statistics alone."""
+        made_from = file_digest(self.out / STATS) if stats else ""
+        resolved = self.recipe.resolved()["plan"]
+        return digest(resolved, made_from, fingerprint, self._parts.versions(*DECIDING, "adapter")), made_from
+
+    def _save_plan(self, plans: Sequence[LayerPlan], stats: Mapping[int, LayerStats], fingerprint: str) -> None:
+        key, made_from = self._plan_key(stats, fingerprint)
+        header = {
+            "dernkit": 1,
+            "key": key,
+            "stats": made_from,
+            "recipe": self.recipe.resolved()["plan"],
+            "components": [c.provenance.origin for c in self._parts.components()],
+        }
+        folder = self._place.partial / "plan"
+        fresh(folder)
+        plan.save_plan(plans, folder, header, stats)
+        publish(folder / MOVES, self.out / MOVES)
+        publish(folder / PLAN, self.out / PLAN)
+
+    def _plan(self, source: SourceModel, stats: dict[int, LayerStats], fingerprint: str) -> None:
         def work() -> None:
             plans = plan.plan_checkpoint(source, self.recipe.plan, stats, self.progress)
-            header = {
-                "dernkit": 1,
-                "key": key,
-                "stats": made_from,
-                "recipe": self.recipe.resolved()["plan"],
-                "components": [c.provenance.origin for c in self.components()],
-            }
-            folder = self._place.partial / "plan"
-            fresh(folder)
-            plan.save_plan(plans, folder, header, stats)
-            publish(folder / MOVES, self.out / MOVES)
-            publish(folder / PLAN, self.out / PLAN)
+            self._save_plan(plans, stats, fingerprint)
 
         refuse_broken(self.out / PLAN)
         keys = {json_key(self.out / PLAN), safetensors_key(self.out / MOVES)}
-        self._place.stage("plan", keys == {key}, work)
+        self._place.stage("plan", keys == {self._plan_key(stats, fingerprint)[0]}, work)
 
     @property
     def _applies_statistics(self) -> bool:
@@ -236,7 +261,7 @@ class Run:
             fingerprint,
             file_digest(self.out / STATS) if self._applies_statistics else "",
             [(file.name, file_digest(file)) for file in other_files(self.path)],
-            self._versions("merge", "router", "adapter"),
+            self._parts.versions(*ACTING, "adapter"),
         )
 
     def _apply(self, source: SourceModel, stats: dict[int, LayerStats], fingerprint: str) -> None:
@@ -247,7 +272,7 @@ class Run:
             if not journal.began(folder, key):
                 fresh(folder)
             plans = plan.load_plan(self.out)
-            apply.apply_checkpoint(
+            result = apply.apply_checkpoint(
                 source,
                 plans,
                 self.recipe.apply.merge,
@@ -258,11 +283,12 @@ class Run:
                 progress=self.progress,
                 width=self.recipe.apply.width,
                 mtp=self.recipe.apply.mtp,
+                export=self.recipe.apply.export,
                 stats=stats,
             )
             quantisation = str(source.scheme) if source.scheme else None
             mtp = bool(source.mtp.tensors)
-            text = card.render(self.model, self.recipe, plans, mtp=mtp, quantisation=quantisation)
+            text = card.render(self.model, self.recipe, plans, result, mtp=mtp, quantisation=quantisation)
             (folder / "README.md").write_text(text, encoding="utf-8")
             record = {"key": key, "source": fingerprint, "files": sizes(folder)}
             (folder / MADE_FROM).write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -276,7 +302,7 @@ class Run:
         measured_by = digest(
             self.recipe.resolved()["evaluate"],
             [content_digests(evaluator) for evaluator in evaluators],
-            self._versions("evaluator"),
+            self._parts.versions("evaluator"),
         )
         key, before_key = digest(measured_by, self._apply_key(fingerprint)), digest(measured_by, fingerprint)
 
@@ -286,7 +312,12 @@ class Run:
             for name, path in (("before", self.path), ("after", self.out / MODEL)):
                 if name not in results:
                     results[name] = evaluate.evaluate(
-                        path, evaluators, self.progress, what=name, trust_remote_code=self.trust_remote_code
+                        path,
+                        evaluators,
+                        self.progress,
+                        what=name,
+                        adapters=self._parts.adapters(),
+                        trust_remote_code=self.trust_remote_code,
                     )
             self._place.write(EVAL, json.dumps({"key": key, "before_key": before_key, **results}, indent=1) + "\n")
 
@@ -295,5 +326,5 @@ class Run:
     def _report(self, source: SourceModel) -> Path:
         report = self.recipe.report
         facts = gather(self.out, source, self.model, self.recipe)
-        self._place.write(report.filename, report.render(facts))
+        self._place.write(report.filename, calls.render(report, facts))
         return self.out / report.filename

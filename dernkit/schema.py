@@ -23,6 +23,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             "length": recipe.LENGTH.schema(),
             "batch_size": _default(recipe.BATCH_SIZE, recipe.DEFAULT_BATCH_SIZE),
             "sample": _default(recipe.SAMPLE, recipe.DEFAULT_SAMPLE),
+            "sequential": _default(recipe.SEQUENTIAL, recipe.DEFAULT_SEQUENTIAL),
         },
         required=["source", "sequences", "length"],
     )
@@ -43,6 +44,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             "router": _optional(_component("router"), {"use": recipe.DEFAULT_ROUTER}),
             "width": _optional(recipe.WIDTH.schema()),
             "mtp": _default(recipe.MTP, recipe.DEFAULT_MTP),
+            "export": _default(recipe.EXPORT, recipe.DEFAULT_EXPORT),
         },
         required=[],
     )

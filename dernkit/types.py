@@ -61,6 +61,8 @@ class Routing:
     """float32: what the model multiplies the expert's output (or input) with. Unused choices have 0."""
     logits: Float[Tensor, "sampled experts"]
     """float32, before any softmax or sigmoid, a bias of the router's own included; −∞ for masked experts."""
+    features: Float[Tensor, "sampled row"] | None = None
+    """What the router's rows are multiplied with: its inputs, normalised or projected where the family does that."""
 
 
 Route = Callable[[Tensor, "Tensor | None"], Routing]
@@ -181,7 +183,8 @@ class LayerStats:
             known = ", ".join(sorted(self.values)) or "none"
             raise ContractError(
                 f"statistic '{name}': must be declared in the component's `requires` to be collected. "
-                f"Got only {known} instead. Add it to `requires`."
+                f"Got only {known} instead. Add it to `requires`.",
+                law="only_declared_statistics",
             )
         return self.values[name]
 
@@ -237,6 +240,9 @@ class Assignment:
     partner: Int64[Tensor, " moves"]
     """Neuron of the target expert that it matched best."""
     affinity: Float[Tensor, " moves"]
+    scale: Float[Tensor, " moves"] | None = None
+    """The c by which each segment's up part is multiplied and its down part divided before it is merged, which leaves
+    its own output as it is but makes it more like its partner; None: 1 for all."""
 
     @staticmethod
     def empty() -> Assignment:
@@ -262,6 +268,8 @@ class LayerPlan:
     assignment: Assignment
     one_group: bool = False
     """Whether the router's groups become one, so that it chooses among all experts."""
+    biased_rows: bool = False
+    """Whether the rows that a router gets have the logits' bias as their last feature; the kernel says so to it."""
 
     @property
     def dropped(self) -> list[int]:
@@ -294,6 +302,8 @@ class Pool:
     act: Activation
     stats: LayerStats
     """Those that the merge ``requires``."""
+    down_bias: Float[Tensor, "experts hidden"] | None = None
+    """Down biases of all experts of the layer in the checkpoint's dtype; None where the family has none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""Writes the reference pages that follow from the code (`reference/components.md`, `reference/cli.md`), from the
-recipes (`reference/recipes.md`), or from the last runs of `make record-clients` (`reference/clients.md`) and `make
-record-families` (`reference/architectures.md`).
+"""Writes the pages of `reference/` that follow from the code (`components.md`, `hooks.md`, `cli.md`), from the recipes
+(`recipes.md`), or from the last runs of `make record-clients` (`clients.md`) and `make record-families`
+(`architectures.md`).
 
     python docs/generate.py
 
@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
 
+from dernkit import hookspecs
+from dernkit.api import API_VERSION, Block
 from dernkit.cli import main as cli
-from dernkit.components import KINDS, Component
+from dernkit.components import KINDS, Component, Kind
+from dernkit.kernel.contracts import LAWS as CALL_LAWS
+from dernkit.kernel.contracts import LAWS_OF
 from dernkit.options import Option
 from dernkit.registry import Registry
 from dernkit.shapes import Choice, Nested, Several, plain
@@ -38,6 +43,13 @@ LAWS = {
     "concatenate": "wider experts: disk = memory",
     "streaming_is_in_memory": "streamed = in-memory statistics",
 }
+ATTRIBUTES = {
+    "name": "the recipe's word for it",
+    "requires": "a frozenset of [statistics](components.md#statistics) that it reads, and the only ones that it sees",
+    "widens": "whether experts may become wider than they are",
+    "filename": "name of the document in the run directory",
+}
+NAMES = {"adapter": "its name in listings", "architecture": "the `model_type` of its checkpoints"}
 PLACES = {
     "scorer": "Named in `plan.score`.",
     "budget": "Named in `plan.budget`.",
@@ -58,6 +70,7 @@ def pages(registry: Registry) -> dict[str, str]:
     """File name below `reference/` -> its text."""
     texts = {
         "components.md": components(registry),
+        "hooks.md": hooks(),
         "cli.md": commands(),
         "recipes.md": recipes(),
         "clients.md": between_marks("clients", figures),
@@ -126,6 +139,57 @@ def in_words(shape: Any) -> str:
         high = schema.get("maximum", schema.get("exclusiveMaximum"))
         return f"{schema['type']}, {low} to {high}"
     return {"boolean": "`true` or `false`", "string": "a path" if "minLength" in schema else "text"}[schema["type"]]
+
+
+def hooks() -> Iterator[str]:
+    """Every hook: what its classes must have, and the laws that their calls are held to."""
+    yield from (NOTE, "# Hooks", "")
+    yield "A plugin implements hooks; each takes nothing and returns a list of classes, final frozen dataclasses with"
+    yield "the attributes and methods below ([how to write one](../how-to/write-a-plugin.md)). The types are in"
+    yield "`dernkit.api`, the letters of the shapes in [the how-to](../how-to/write-a-plugin.md#the-hooks)."
+    yield ""
+    yield f"This is version {API_VERSION} of the plugin API. `dernkit_api = {API_VERSION}` in a plugin's module says"
+    yield "that it was written for that version; dernkit refuses a plugin that was written for a newer one than it has."
+    yield "A hook, or an argument of one, that is to go stays for one version at least: it works as before, and a"
+    yield "`DeprecatedHookWarning` names the plugin, its line and the replacement."
+    for kind in KINDS.values():
+        yield from one_hook(kind)
+    yield from ("", "## Laws", "")
+    yield "Every call of a component is held to those that are named at its hook. A component that breaks one ends the"
+    yield "run with a `ContractError` that names the plugin, the component, the layer and the law."
+    yield from ("", "| law | a component |", "|---|---|")
+    yield from (f"| `{law}` | {cell(meaning)} |" for law, meaning in CALL_LAWS.items())
+
+
+def one_hook(kind: Kind) -> Iterator[str]:
+    """One hook, from its specification and its protocol."""
+    spec: Any = getattr(hookspecs, kind.hook)
+    yield from ("", f"## `{kind.hook}`", "", f"Since version {spec.hook.since}. {first_paragraph(kind.protocol)}", "")
+    meanings = ATTRIBUTES | ({"name": NAMES[kind.name]} if kind.name in NAMES else {})
+    yield from (f"- `{name}`: {meaning}." for name, meaning in meanings.items() if name in kind.attributes)
+    yield from methods(kind.protocol, kind.methods)
+    if kind.name in LAWS_OF:
+        yield from ("", f"Laws: {', '.join(f'`{law}`' for law in LAWS_OF[kind.name])}.")
+    if kind.name == "adapter":
+        yield from ("", f"A `Block`: {first_paragraph(Block)}", "")
+        yield from methods(
+            Block, [name for name in vars(Block) if inspect.isfunction(vars(Block)[name]) and name[0] != "_"]
+        )
+
+
+def methods(protocol: type, names: Iterable[str]) -> Iterator[str]:
+    """The methods of a protocol, with what each of them must do."""
+    for name in names:
+        text = inspect.getdoc(getattr(protocol, name)) or ""
+        yield f"- `{name}{signature(getattr(protocol, name))}`: {code_marks(' '.join(text.split()))}"
+
+
+def signature(function: Callable[..., Any]) -> str:
+    """Parameters and result, with shapes as `Float[experts, width]`."""
+    shown = inspect.signature(function)
+    text = str(shown.replace(parameters=list(shown.parameters.values())[1:]))
+    text = re.sub(r"\[Tensor, ['\"]([\w ]*)['\"]\]", lambda found: f"[{', '.join(found[1].split())}]", text)
+    return text.replace("'", "").replace('"', "").replace("Ellipsis", "...")
 
 
 def commands() -> Iterator[str]:

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from dernkit.api import (
     Assignment,
-    ContractError,
     ExpertBank,
     LayerStats,
-    Match,
     Retention,
     Similarity,
     hookimpl,
 )
 from dernkit.builtin.similarities import Cosine
+from dernkit.kernel import calls
 
 DEFAULT_THRESHOLD = 0.6
 """Where DERN's results stop rising (arXiv 2509.10377)."""
@@ -35,6 +34,7 @@ class NoMoves:
 
     name: ClassVar[str] = "none"
     requires: ClassVar[frozenset[str]] = frozenset()
+    needs_groups: ClassVar[bool] = False
 
     def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
         return Assignment.empty()
@@ -46,6 +46,7 @@ class Affinity:
     """Each segment goes to the kept expert with its best match, if that is good enough; DERN (2509.10377) step 2."""
 
     name: ClassVar[str] = "affinity"
+    needs_groups: ClassVar[bool] = False
 
     similarity: Similarity = field(default_factory=Cosine)
     """How well a segment fits to the neurons of a kept expert."""
@@ -75,30 +76,21 @@ class Affinity:
             return Assignment.empty()
         width = bank.dims.width
         best = [self._best(bank, expert, kept, stats) for expert in dropped]
-        target, partner, affinity = (torch.cat(column) for column in zip(*best, strict=True))
+        target, partner, affinity, scale = (torch.cat(column) for column in zip(*best, strict=True))
         source = torch.cat([torch.arange(expert * width, (expert + 1) * width) for expert in dropped])
         moving = self._moving(affinity)
-        return Assignment(source[moving], target[moving], partner[moving], affinity[moving])
+        scaled = scale[moving] if bool((scale[moving] != 1).any()) else None
+        return Assignment(source[moving], target[moving], partner[moving], affinity[moving], scaled)
 
     def _best(
         self, bank: ExpertBank, expert: int, kept: Tensor, stats: LayerStats
-    ) -> tuple[Int64[Tensor, " width"], Int64[Tensor, " width"], Float[Tensor, " width"]]:
-        """Target, partner and affinity of every segment of one dropped expert; ties to the lowest target."""
-        match = self.similarity.match(bank, expert, kept, stats.only(self.similarity.requires))
-        self._check(match, bank, len(kept))
+    ) -> tuple[Int64[Tensor, " width"], Int64[Tensor, " width"], Float[Tensor, " width"], Float[Tensor, " width"]]:
+        """Target, partner, affinity and scale of every segment of one dropped expert; ties to the lowest target."""
+        match = calls.match(self.similarity, bank, expert, kept, stats)
         affinity, target = match.affinity.max(dim=1)
         partner = match.partner.gather(1, target[:, None])[:, 0]
-        return target.cpu(), partner.cpu(), affinity.cpu()
-
-    def _check(self, match: Match, bank: ExpertBank, kept: int) -> None:
-        shape = (bank.dims.width, kept)
-        fits = match.affinity.shape == shape and match.partner.shape == shape
-        if not fits or not bool(match.affinity.isfinite().all()):
-            raise ContractError(
-                f"similarity '{self.similarity.name}', layer {bank.dims.layer}: must return finite affinities "
-                f"and partners of shape {list(shape)}. Got {list(match.affinity.shape)} and "
-                f"{list(match.partner.shape)}{' with NaN or infinity' if fits else ''} instead. Fix the similarity."
-            )
+        scale = torch.ones_like(affinity) if match.scale is None else match.scale.gather(1, target[:, None])[:, 0]
+        return target.cpu(), partner.cpu(), affinity.cpu(), scale.cpu()
 
     def _moving(self, affinity: Float[Tensor, " segments"]) -> Int64[Tensor, " moves"]:
         """Positions of the segments that move, ascending."""

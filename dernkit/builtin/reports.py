@@ -24,7 +24,7 @@ class Markdown:
     def render(self, run: Mapping[str, Any]) -> str:
         """The report; ``run`` as `dernkit.run.gather` makes it."""
         sections = [
-            [f"# {run['name']}", "", _first_sentence(run)],
+            [run["export"]["sentence"], "", f"# {run['name']}", "", _first_sentence(run)],
             _sizes(run),
             _evaluation(run),
             _layers(run),
@@ -35,15 +35,15 @@ class Markdown:
 
 
 def _first_sentence(run: Mapping[str, Any]) -> str:
-    before, after = run["source"], run["result"]
+    before, after, counts = run["source"], run["result"], run["export"]["experts_by_layer"]
+    kept = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
     what, key = ("parameters", "parameters") if before["quantisation"] else ("expert bytes", "expert_bytes")
     share = 1 - after[key] / before[key]
     width = "" if before["width"] == after["width"] else f", width {before['width']} → {after['width']}"
     groups = "" if before["groups"] == after["groups"] else f", router groups {before['groups']} → {after['groups']}"
     return (
-        f"`{run['model']}` ({before['family']}): {before['experts']} → {after['experts']} experts in "
-        f"{before['moe_layers']} layers{width}{groups}; {what} fall by {share:.1%}. Every layer keeps the same number "
-        f"of experts, so the result loads in stock transformers.{_mtp(run)}{_quantisation(before['quantisation'])}"
+        f"`{run['model']}` ({before['family']}): {before['experts']} → {kept} experts in {before['moe_layers']} layers"
+        f"{width}{groups}; {what} fall by {share:.1%}.{_mtp(run)}{_quantisation(before['quantisation'])}"
     )
 
 
@@ -67,11 +67,13 @@ def _mtp(run: Mapping[str, Any]) -> str:
 
 
 def _sizes(run: Mapping[str, Any]) -> list[str]:
-    before, after = run["source"], run["result"]
+    counts = run["export"]["experts_by_layer"]
+    before = run["source"] | {"kept": sum(run["source"]["experts_by_layer"])}
+    after = run["result"] | {"kept": sum(counts)}
     rows = [
         [label, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.1%}"]
         for label, key in (
-            ("experts per layer", "experts"),
+            ("experts per layer", "experts") if len(set(counts)) == 1 else ("experts in all layers", "kept"),
             ("expert width", "width"),
             ("parameters", "parameters"),
             ("bytes", "bytes"),
@@ -136,8 +138,7 @@ def _components(run: Mapping[str, Any]) -> list[str]:
     lock = run["lock"]
     rows = [[c["kind"], c["name"], c["distribution"], c["version"]] for c in lock["components"]]
     versions = ", ".join(f"{name} {version}" for name, version in lock["versions"].items())
-    calibration = run["calibration"]
-    tokens = f" Calibration: {calibration['tokens']:,} tokens." if calibration else ""
+    tokens = _calibration(run["calibration"])
     return [
         "## How it was made",
         "",
@@ -149,6 +150,14 @@ def _components(run: Mapping[str, Any]) -> list[str]:
         yaml.safe_dump(run["recipe"], sort_keys=False, width=100, default_flow_style=None).rstrip(),
         "```",
     ]
+
+
+def _calibration(done: Mapping[str, Any] | None) -> str:
+    if done is None:
+        return ""
+    how = ", each layer on the outputs of the compressed layers before it" if done["sequential"] else ""
+    how = f", statistics of another run (`{done['statistics']}`)" if done["statistics"] else how
+    return f" Calibration: {done['tokens']:,} tokens{how}."
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

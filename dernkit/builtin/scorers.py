@@ -1,9 +1,9 @@
-"""How much each expert matters, from router statistics; higher stays. All scores are float64."""
+"""How much each expert matters, from statistics of router and outputs; higher stays. All scores are float64."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, final
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
 from annotated_types import Interval
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dernkit.api import ExpertBank, LayerStats, hookimpl
 from dernkit.kernel.seeding import generator
+
+Tokens = Literal["routed", "all"]
 
 
 @final
@@ -32,10 +34,59 @@ class GateMass:
     """Mean coefficient over ALL tokens: ``S_e = (1/T) Σ_t 1[e ∈ TopK(x_t)] g_e(x_t)``, DERN (2509.10377) step 1."""
 
     name: ClassVar[str] = "gate-mass"
-    requires: ClassVar[frozenset[str]] = frozenset({"gate_sum"})
+
+    normalise: Tokens = "all"
+    """Tokens that the mean is over: all of the layer (the paper's), or those routed to the expert."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The sum, and for a mean over routed tokens their count."""
+        return frozenset({"gate_sum", "routed"} if self.normalise == "routed" else {"gate_sum"})
 
     def score(self, bank: ExpertBank, stats: LayerStats) -> Float64[Tensor, " experts"]:
-        return stats["gate_sum"].to(torch.float64) / max(stats.tokens, 1)
+        return _mean("gate_sum", self.normalise, stats)
+
+
+@final
+@dataclass(frozen=True)
+class Ean:
+    """Expert activation norm: the sum of ``‖E_e(x)‖₂`` over the tokens routed to e (arXiv 2510.13999)."""
+
+    name: ClassVar[str] = "ean"
+    requires: ClassVar[frozenset[str]] = frozenset({"output_norm_sum"})
+
+    def score(self, bank: ExpertBank, stats: LayerStats) -> Float64[Tensor, " experts"]:
+        return stats["output_norm_sum"].to(torch.float64)
+
+
+@final
+@dataclass(frozen=True)
+class Man:
+    """Mean activation norm: the mean of ``‖E_e(x)‖₂`` over the tokens routed to e (arXiv 2606.15716)."""
+
+    name: ClassVar[str] = "man"
+    requires: ClassVar[frozenset[str]] = frozenset({"routed", "output_norm_sum"})
+
+    normalise: Tokens = "routed"
+    """Tokens that the mean is over: those routed to the expert (the paper's), or all (EAN's order)."""
+
+    def score(self, bank: ExpertBank, stats: LayerStats) -> Float64[Tensor, " experts"]:
+        return _mean("output_norm_sum", self.normalise, stats)
+
+
+@final
+@dataclass(frozen=True)
+class Msan:
+    """Mean squared activation norm: the mean of ``‖E_e(x)‖₂²`` over the tokens routed to e (arXiv 2606.15716)."""
+
+    name: ClassVar[str] = "msan"
+    requires: ClassVar[frozenset[str]] = frozenset({"routed", "output_sq_sum"})
+
+    normalise: Tokens = "routed"
+    """Tokens that the mean is over: those routed to the expert (the paper's), or all."""
+
+    def score(self, bank: ExpertBank, stats: LayerStats) -> Float64[Tensor, " experts"]:
+        return _mean("output_sq_sum", self.normalise, stats)
 
 
 @final
@@ -46,8 +97,11 @@ class Reap:
     name: ClassVar[str] = "reap"
     requires: ClassVar[frozenset[str]] = frozenset({"routed", "reap_sum"})
 
+    normalise: Tokens = "routed"
+    """Tokens that the mean is over: those routed to the expert (the paper's), or all, where rare experts go first."""
+
     def score(self, bank: ExpertBank, stats: LayerStats) -> Float64[Tensor, " experts"]:
-        return stats["reap_sum"].to(torch.float64) / stats["routed"].to(torch.float64).clamp(min=1)
+        return _mean("reap_sum", self.normalise, stats)
 
 
 @final
@@ -66,6 +120,14 @@ class Random:
         return torch.rand(bank.dims.experts, generator=rng, dtype=torch.float64)
 
 
+def _mean(total: str, normalise: Tokens, stats: LayerStats) -> Float64[Tensor, " experts"]:
+    """0 for an expert that saw no token."""
+    summed = stats[total].to(torch.float64)
+    if normalise == "all":
+        return summed / max(stats.tokens, 1)
+    return summed / stats["routed"].to(torch.float64).clamp(min=1)
+
+
 @hookimpl
 def dernkit_scorers() -> list[type]:
-    return [RouterFrequency, GateMass, Reap, Random]
+    return [RouterFrequency, GateMass, Ean, Man, Msan, Reap, Random]

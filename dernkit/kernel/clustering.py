@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from dernkit.kernel.matching import best_match, lengths, rows_in_cache
+
+Init = Literal["gate-norm", "own", "random"]
+"""First centroids: by the infinity norm of the first part (the gate's), the expert's own segments, or by chance."""
 
 
 def spherical_kmeans(
@@ -33,11 +37,32 @@ def spherical_kmeans(
         chunk: segments per matrix product, see :func:`dernkit.kernel.matching.best_match`.
     """
     flat = segments.flatten(1)
+    means = partial(cluster_means, flat, weights, equalise=equalise, rescale=rescale)
+    centroids, _ = _clusters(flat, seeds, means, iterations, chunk)
+    return centroids.unflatten(1, segments.shape[1:])
+
+
+def spherical_labels(
+    vectors: Float32[Tensor, "pool flat"],
+    weights: Float[Tensor, " pool"],
+    seeds: Int64[Tensor, " clusters"],
+    *,
+    iterations: int = 30,
+    chunk: int | None = None,
+) -> Int64[Tensor, " pool"]:
+    """Which cluster each vector ends up in; as :func:`spherical_kmeans`, members of equal norm."""
+    means = partial(cluster_means, vectors, weights, equalise=True, rescale=False)
+    return _clusters(vectors, seeds, means, iterations, chunk)[1]
+
+
+def _clusters(
+    flat: Tensor, seeds: Tensor, means: Callable[..., Tensor], iterations: int, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """Centroids, and the labels that they are the means of."""
     centroids = flat[seeds]
     labels = torch.full((len(flat),), -1, device=flat.device)
     cosines = torch.zeros(len(flat), device=flat.device)
     changed = torch.ones(len(seeds), dtype=torch.bool, device=flat.device)
-    means = partial(cluster_means, flat, weights, equalise=equalise, rescale=rescale)
     for _ in range(iterations if len(seeds) else 0):
         before = labels
         cosines, labels = _assign(flat, centroids, cosines, labels, changed, chunk)
@@ -46,7 +71,7 @@ def spherical_kmeans(
             break
         touched = torch.cat([labels[moved], before[moved]])
         changed = _update(centroids, labels, touched[touched >= 0], means)
-    return centroids.unflatten(1, segments.shape[1:])
+    return centroids, labels
 
 
 def _assign(
@@ -99,20 +124,20 @@ def cluster_means(
     """
     step = rows_in_cache(flat)
     norms = torch.cat([lengths(flat[row]) for row in rows.split(step)])
-    shares = _shares(weights[rows].to(torch.float64), labels, clusters)
+    share = shares(weights[rows].to(torch.float64), labels, clusters)
     mean_norm = _sum(norms, labels, clusters) / torch.bincount(labels, minlength=clusters)
     if equalise:
-        shares = shares * _ratio(mean_norm[labels], norms)
+        share = share * ratio(mean_norm[labels], norms)
     means = torch.zeros(clusters, flat.shape[1], device=flat.device)
-    pieces = zip(rows.split(step), labels.split(step), shares.to(torch.float32).split(step), strict=True)
-    for row, label, share in pieces:
-        means.index_add_(0, label, flat[row] * share[:, None])
+    pieces = zip(rows.split(step), labels.split(step), share.to(torch.float32).split(step), strict=True)
+    for row, label, part in pieces:
+        means.index_add_(0, label, flat[row] * part[:, None])
     if rescale:
-        means *= _ratio(mean_norm, lengths(means)).to(torch.float32)[:, None]
+        means *= ratio(mean_norm, lengths(means)).to(torch.float32)[:, None]
     return means
 
 
-def _shares(
+def shares(
     weights: Float64[Tensor, " rows"], labels: Int64[Tensor, " rows"], clusters: int
 ) -> Float64[Tensor, " rows"]:
     """Weights divided by their cluster's sum; equal where that is 0."""
@@ -124,9 +149,21 @@ def _sum(values: Tensor, labels: Tensor, clusters: int) -> Tensor:
     return torch.zeros(clusters, dtype=values.dtype, device=values.device).index_add_(0, labels, values)
 
 
-def _ratio(above: Tensor, below: Tensor) -> Tensor:
+def ratio(above: Tensor | float, below: Tensor) -> Tensor:
     """``above / below``, 1 where the divisor is 0: a zero vector has no length to change."""
     return torch.where(below > 0, above / below, 1.0)
+
+
+def preferred_seeds(
+    segments: Float32[Tensor, "pool parts features"], own: int, init: Init, rng: torch.Generator
+) -> Int64[Tensor, " preferred"]:
+    """Segments that may become first centroids, the preferred ones first; the ``own`` first ones are the expert's."""
+    if init == "own":
+        return torch.arange(own, device=segments.device)
+    if init == "random":
+        return torch.randperm(len(segments), generator=rng).to(segments.device)
+    peaks = segments[:, 0].abs().amax(1)
+    return torch.argsort(peaks, descending=True, stable=True)
 
 
 def choose_seeds(

@@ -1,17 +1,21 @@
-"""Arithmetic for one layer: run a merge and a router on a plan, and hold them to their contracts."""
+"""Arithmetic for one layer: run a merge and a router on a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dernkit.api import Merge, Router
-from dernkit.errors import CheckpointError, ContractError, RecipeError
+from dernkit.api import BiasMerge, Merge, Router
+from dernkit.errors import CheckpointError, RecipeError
+from dernkit.kernel import calls
+from dernkit.kernel.contracts import Call
 from dernkit.kernel.seeding import generator
 from dernkit.kernel.segments import ExpertTensors, finite_segments, split
+from dernkit.kernel.symmetry import rescaled
 from dernkit.kernel.tables import remap
 from dernkit.types import CompressedLayer, ExpertBank, LayerPlan, LayerStats, Pool
 
@@ -69,7 +73,7 @@ def compress_layer(
     """
     _check_plan(bank, plan)
     kept = plan.kept.to(bank.up.device)
-    rows, biases = _router_rows(bank, plan, router, stats.only(router.requires))
+    rows, biases = _router_rows(bank, plan, router, stats)
     out = CompressedLayer(
         layer=plan.layer,
         gate=None if bank.gate is None else _blank(bank.gate, len(kept), width, dim=1),
@@ -88,10 +92,12 @@ def compress_layer(
         if len(arrivals) == 0 and width >= plan.width:
             tensors = _untouched(bank, expert)
         else:
+            merge = _needed(merge, f"layer {plan.layer}, expert {expert}")
+            pool = _pool(bank, plan, expert, arrivals, Call("merge", merge, plan.layer).seen(stats))
             rng = generator(rng_seed, plan.layer, expert)
-            where = f"layer {plan.layer}, expert {expert}"
-            pool = _pool(bank, plan, expert, arrivals, stats.only(merge.requires) if merge else NO_STATISTICS)
-            tensors = split(_merge(pool, merge, width, rng, where), bank)
+            tensors = split(calls.merge(merge, pool, width, rng, plan.layer), bank)
+            if out.down_bias is not None and len(arrivals) and isinstance(merge, BiasMerge):
+                out.down_bias[position] = calls.merge_bias(merge, pool, plan.layer)
         _put(tensors, out, position)
     return out
 
@@ -142,6 +148,8 @@ def _pool(bank: ExpertBank, plan: LayerPlan, expert: int, arrivals: Int64[Tensor
     incoming = own.new_empty(len(arrivals), *own.shape[1:])
     for donor in owner.unique().tolist():
         incoming[owner == donor] = finite_segments(bank, donor)[neuron[owner == donor]]
+    if plan.assignment.scale is not None:
+        incoming = rescaled(incoming, plan.assignment.scale[arrivals].to(incoming))
     weights = plan.scores.clamp(min=0).to(own.device, torch.float32)
     if not bool(weights[expert] + weights[owner].sum()):
         weights = torch.ones_like(weights)
@@ -156,35 +164,17 @@ def _pool(bank: ExpertBank, plan: LayerPlan, expert: int, arrivals: Int64[Tensor
         incoming_expert=owner,
         act=bank.act,
         stats=stats,
+        down_bias=bank.down_bias,
     )
 
 
-def _merge(
-    pool: Pool, merge: Merge | None, width: int, rng: torch.Generator, where: str
-) -> Float32[Tensor, "merged parts features"]:
+def _needed(merge: Merge | None, where: str) -> Merge:
     if merge is None:
         raise RecipeError(
             f"apply.merge, {where}: must be given for a plan that moves segments or narrows experts. Got none instead. "
             "Name one, or leave `assign` out of the plan to prune only."
         )
-    merged = merge.merge(pool, width, rng)
-    if len(merged) > width >= 0 and len(merged) == len(pool.own) and merged.ndim == 3:
-        raise RecipeError(
-            f"apply.width, {where}: must be at least {len(merged)} for the merge '{merge.name}', which keeps the "
-            f"width. Got {width} instead. Use a merge that clusters, such as 'spherical-kmeans'."
-        )
-    if merged.ndim != 3 or merged.shape[1:] != pool.own.shape[1:] or len(merged) > width:
-        parts, features = pool.own.shape[1:]
-        raise ContractError(
-            f"merge '{merge.name}', {where}: must return at most {width} segments, shape "
-            f"[up to {width}, {parts}, {features}]. Got {list(merged.shape)} instead. Fix the merge."
-        )
-    if not bool(merged.isfinite().all()):
-        raise ContractError(
-            f"merge '{merge.name}', {where}: must return finite segments. Got NaN or infinity instead. "
-            "Let the merge divide by no weight or norm of 0."
-        )
-    return merged.to(torch.float32)
+    return merge
 
 
 def _router_rows(
@@ -196,18 +186,27 @@ def _router_rows(
     """
     bias = None if bank.router_bias is None else bank.per_expert[bank.router_bias]
     before = bank.router if bias is None else torch.cat([bank.router, bias[:, None].to(bank.router)], dim=1)
-    rows = router.update(before.to(torch.float32, copy=True), plan, stats)
+    told = replace(plan, biased_rows=bias is not None)
+    rows = calls.update(router, before.to(torch.float32, copy=True), told, _with_features(bank, router, stats))
     kept = plan.kept.to(bank.router.device)
-    if rows.shape != before[kept].shape or not bool(rows.isfinite().all()):
-        content = "other values" if rows.shape != before[kept].shape else "NaN or infinity"
-        raise ContractError(
-            f"router '{router.name}', layer {plan.layer}: update must return finite rows of shape "
-            f"{list(before[kept].shape)}. Got {content} of shape {list(rows.shape)} instead. Fix the router."
-        )
     new = _unless_same(rows[:, : bank.router.shape[1]], bank.router[kept])
     if bias is None:
         return new, {}
     return new, {str(bank.router_bias): _unless_same(rows[:, -1:], bias[kept, None])[:, 0]}
+
+
+def _with_features(bank: ExpertBank, router: Router, stats: LayerStats) -> LayerStats:
+    """A router's inputs are what its rows are multiplied with: some families normalise or project them first."""
+    if "sample" not in router.requires:
+        return stats
+    inputs = Call("router", router, bank.dims.layer).seen(stats).router_inputs
+    features = None if bank.route is None else bank.route(inputs, None).features
+    if features is None:
+        raise CheckpointError(
+            f"router '{router.name}', layer {bank.dims.layer}: the adapter must tell what the router's rows are "
+            "multiplied with for them to be fitted. Got none instead. Use the router 'additive' or 'average'."
+        )
+    return replace(stats, values={**stats.values, "router_sample": features})
 
 
 def _unless_same(rows: Tensor, old: Tensor) -> Tensor:

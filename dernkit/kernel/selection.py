@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -51,6 +52,34 @@ def kept_count(keep: int | float, limits: KeepLimits) -> int:
         f"{limits.experts} of {limits.experts} experts{steps}. Got {asked} instead. "
         f"Use {_nearest(count, limits)}."
     )
+
+
+def total_count(keep: int | float, limits: Sequence[KeepLimits]) -> int:
+    """Experts of all layers together, at most: a fraction of them all (rounded down), or a count times the layers.
+
+    Raises:
+        RecipeError: ``keep`` is neither a fraction in (0, 1] nor a positive count.
+    """
+    experts = sum(limit.experts for limit in limits)
+    if isinstance(keep, float) and 0 < keep <= 1:
+        return math.floor(Fraction(str(keep)) * experts)
+    return _requested(keep, experts) * len(limits)
+
+
+def fewest(limits: KeepLimits, share: float) -> int:
+    """The smallest legal count that is at least ``share`` of the layer's experts.
+
+    Raises:
+        CheckpointError: there is no legal count at all.
+    """
+    least = max(limits.smallest, math.ceil(Fraction(str(share)) * limits.experts))
+    count = -(-least // limits.multiple) * limits.multiple
+    if count > limits.experts:
+        raise CheckpointError(
+            f"layer {limits.layer}: must have a count of experts that its router allows. Got {limits.experts} experts "
+            f"in steps of {limits.multiple} from {limits.smallest} instead. Take a smaller minimum."
+        )
+    return count
 
 
 def _requested(keep: int | float, experts: int) -> int:

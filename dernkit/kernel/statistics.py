@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dernkit.errors import ContractError
+from dernkit.errors import CheckpointError, ContractError
 from dernkit.types import ExpertBank, LayerDims, LayerStats
+
+Reader = tuple[str, str, frozenset[str]]
+"""Kind and name of a component, and the statistics that it reads."""
 
 _OUTPUT_STATISTICS = frozenset({"output_norm_sum", "output_sq_sum", "reap_sum", "output_sum"})
 
@@ -142,3 +147,19 @@ def _signed(value: int) -> int:
 
 def _unsigned_shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def refuse_lacking(stats: Mapping[int, LayerStats], readers: Sequence[Reader], where: str, fix: str) -> None:
+    """Hold statistics against what components read.
+
+    Raises:
+        CheckpointError: a layer lacks something.
+    """
+    held = set.intersection(*(set(layer.values) for layer in stats.values())) if stats else set()
+    for kind, name, requires in readers:
+        lacking = sorted(requires - held)
+        if lacking:
+            raise CheckpointError(
+                f"{kind} '{name}' reads {', '.join(lacking)}: {where} must hold it. "
+                f"Got only {', '.join(sorted(held)) or 'nothing'} instead. {fix}"
+            )

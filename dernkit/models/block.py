@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +15,7 @@ from dernkit.errors import CheckpointError
 from dernkit.models.experts_check import check_experts
 from dernkit.models.family import Family
 from dernkit.models.layout import Layout
+from dernkit.models.padding import padding_bias, reads_count
 from dernkit.models.probe import Probe
 from dernkit.models.rehearsal import Rehearsal, rehearse
 from dernkit.models.rerouting import on_router_inputs, route_of
@@ -145,6 +146,7 @@ class UniversalBlock:
                 coupling.resize(path, width)
         self._resize(self.family.count, len(compressed.router))
         self.layout.shrink(self.experts, len(compressed.router))
+        self.dims = replace(self.dims, experts=len(compressed.router), width=width)
 
     def on_router_inputs(self, callback: Callable[[Tensor], None]) -> RemovableHandle:
         return on_router_inputs(self, self.rehearsal().alone, callback)
@@ -166,10 +168,25 @@ class UniversalBlock:
         Raises:
             CheckpointError: it does not do what the shapes say.
         """
-        kind = (type(self.module), self.router_name, tuple(self.per_expert_dims), self.tables)
-        if kind not in self.family.rehearsals:
-            self.family.rehearsals[kind] = rehearse(self)
-        return self.family.rehearsals[kind]
+        if self._kind not in self.family.rehearsals:
+            self.family.rehearsals[self._kind] = rehearse(self)
+        return self.family.rehearsals[self._kind]
+
+    def padding(self) -> str | None:
+        if self._kind not in self.family.paddings:
+            seen = self.rehearsal()
+            self.family.paddings[self._kind] = padding_bias(self, alone=seen.alone, scale=seen.scale)
+        return self.family.paddings[self._kind]
+
+    def uneven(self) -> bool:
+        if self._kind not in self.family.uneven:
+            seen, field = self.rehearsal(), self.family.count.field[-1]
+            self.family.uneven[self._kind] = not reads_count(self, field, alone=seen.alone, scale=seen.scale)
+        return self.family.uneven[self._kind]
+
+    @property
+    def _kind(self) -> tuple[Any, ...]:
+        return (type(self.module), self.router_name, tuple(self.per_expert_dims), self.tables)
 
     def config_changes(self, experts: int, width: int) -> dict[tuple[str, ...], int]:
         return self.family.fields(experts, width)

@@ -51,7 +51,10 @@ def _walk(text: str, at: int, path: Path, spans: dict[Path, tuple[int, int]]) ->
     return at
 
 
-def edit(text: str, changes: Mapping[tuple[str, ...], int | str]) -> str:
+Value = int | str | list[int]
+
+
+def edit(text: str, changes: Mapping[tuple[str, ...], Value]) -> str:
     """The same text with the values at ``changes``' paths replaced; an absent key is inserted first in its object.
 
     Raises:
@@ -59,7 +62,7 @@ def edit(text: str, changes: Mapping[tuple[str, ...], int | str]) -> str:
     """
     spans = _checked_spans(text)
     edits: list[tuple[int, int, str]] = []
-    absent: dict[Path, dict[str, int | str]] = {}
+    absent: dict[Path, dict[str, Value]] = {}
     for path, value in changes.items():
         if path in spans:
             edits.append((*spans[path], json.dumps(value)))

@@ -31,6 +31,10 @@ class Family:
     width: int
     rehearsals: dict[Any, Any] = field(default_factory=dict)
     """What was seen of one block of each kind; see `dernkit.models.rehearsal`."""
+    paddings: dict[Any, str | None] = field(default_factory=dict)
+    """What keeps experts of a block of each kind from being chosen; see `dernkit.models.padding`."""
+    uneven: dict[Any, bool] = field(default_factory=dict)
+    """Whether a block of each kind works with a count that is not the config's."""
     _coupling: Coupling | None = None
 
     @staticmethod

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dernkit.errors import CheckpointError
-from dernkit.models.config_text import edit, remove, value_spans
+from dernkit.models.config_text import Value, edit, remove, value_spans
 from dernkit.models.headers import INDEX
 from dernkit.models.mtp import without_mtp
 from dernkit.models.probe import get_field
 from dernkit.models.quantised import declarations
+from dernkit.models.ragged import FIELD
 from dernkit.models.source import SourceModel, open_source
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx")
@@ -24,16 +25,22 @@ SOURCE_CARD = "SOURCE_README.md"
 _CARD = re.compile(r"(SOURCE_)*README\.md")
 
 
-def edited_config(source: SourceModel, changes: Mapping[tuple[str, ...], int], *, drop_mtp: bool = False) -> str:
+def edited_config(
+    source: SourceModel,
+    changes: Mapping[tuple[str, ...], int],
+    *,
+    drop_mtp: bool = False,
+    counts: Sequence[int] | None = None,
+) -> str:
     """The text of the source's config.json with ``changes`` made under every spelling that is present.
 
     Spellings are the field's canonical name and the aliases that its config class declares; a field that the text
     leaves to its default is inserted. A quantised source is written in bfloat16: its quantisation goes, and a text
     without a dtype gets that one, as transformers would take it from whichever tensor comes first. ``drop_mtp``: it
-    also says that there are no multi-token-prediction layers.
+    also says that there are no multi-token-prediction layers. ``counts``: experts of every layer, where they differ.
     """
     text = (source.path / "config.json").read_bytes().decode()  # line ends as they are
-    edits: dict[tuple[str, ...], int | str] = {}
+    edits: dict[tuple[str, ...], Value] = {} if counts is None else {(FIELD,): list(counts)}
     if source.scheme is not None:
         text = remove(text, [path for path, _ in declarations(json.loads(text))])
     present = value_spans(text)
@@ -75,18 +82,18 @@ def _comes_along(name: str) -> bool:
     return not weights and not name.startswith(".") and name not in ("config.json", INDEX, RECORD)
 
 
-def verify(folder: Path, source: SourceModel, experts: int, groups: int) -> SourceModel:
-    """Open the finished directory as a stranger would; every name, shape, the expert count and the groups must fit.
+def verify(folder: Path, source: SourceModel, experts: Sequence[int], groups: int) -> SourceModel:
+    """Open the finished directory as a stranger would; every name, shape, expert count and the groups must fit.
 
     Raises:
         CheckpointError: they do not (nothing is published then).
     """
     result = open_source(folder, source.adapters, trust_remote_code=source.trust_remote_code)
     _, blocks = result.outline
-    counts = {(block.dims.experts, block.dims.groups) for block in blocks}
-    if counts != {(experts, groups)}:
+    found, wanted = [(block.dims.experts, block.dims.groups) for block in blocks], [(n, groups) for n in experts]
+    if found != wanted:
         raise CheckpointError(
-            f"{folder}: every MoE layer of the result must have {experts} experts in groups: {groups}. "
-            f"Got {sorted(counts)} instead. This is a bug of the adapter '{source.adapters[0].name}'."
+            f"{folder}: the MoE layers of the result must have these numbers of experts and groups: {wanted}. "
+            f"Got {found} instead. This is a bug of the adapter '{source.adapters[0].name}'."
         )
     return result

@@ -104,8 +104,15 @@ class _Ungrouped:
     def resized(self, compressed: CompressedLayer) -> Mapping[str, Tensor]:
         return self.inner.resized(compressed)
 
+    def padding(self) -> str | None:
+        return self.inner.padding()
+
+    def uneven(self) -> bool:
+        return self.inner.uneven()
+
     def replace(self, compressed: CompressedLayer) -> None:
         self.inner.replace(compressed)
+        self.dims = replace(self.inner.dims, groups=1, top_k_groups=1)
         for path, names in self.attributes.items():
             for name in names:
                 setattr(self.model.get_submodule(path), name, 1)

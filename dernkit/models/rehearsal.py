@@ -74,7 +74,7 @@ def rehearse(block: _Block) -> Rehearsal:
         CheckpointError: the choice does not move with the entries: something else follows the experts, or the rows
             before the last are not theirs.
     """
-    module = _copy(block)
+    module = random_copy(block)
     with torch.no_grad():
         first = _routing(block, module)
         scale = _scale(block, module) if block.layout.router is None else _told_scale(block, module, first)
@@ -106,7 +106,7 @@ def _logits(block: _Block, module: Any, routing: _Routing) -> list[Tensor]:
     return [*found, _hidden(block)[0] @ rows.T] if rows.shape[1] == block.hidden else found
 
 
-def _copy(block: _Block) -> Any:
+def random_copy(block: _Block) -> Any:
     """The block with random weights and buffers, its experts replaced."""
     with stubbed(block.module, block.experts_below, block.layout):
         module = copy.deepcopy(block.module)

@@ -33,7 +33,7 @@ Advance = Callable[[int, int], None]
 """``advance(layer, tokens)`` is called after each batch through each layer."""
 
 
-class _StopError(Exception):
+class StopError(Exception):
     """Ends a forward whose rest is not needed."""
 
 
@@ -58,11 +58,11 @@ def replay(
         observe: entered around each layer's forward calls.
         advance: progress.
     """
-    run = _forward_by_forward if _passes_state(owner, stack, layers, batches, loader) else _layer_by_layer
+    run = _forward_by_forward if passes_state(owner, stack, layers, batches, loader) else _layer_by_layer
     run(owner, stack, layers, batches, loader, observe, advance)
 
 
-def _passes_state(
+def passes_state(
     owner: nn.Module, stack: Sequence[nn.Module], layers: Sequence[str], batches: Sequence[Tensor], loader: Loader
 ) -> bool:
     """Whether the first layer returns more than hidden states, seen on a few tokens."""
@@ -70,13 +70,13 @@ def _passes_state(
 
     def look(module: nn.Module, args: Any, output: Any) -> None:
         seen.append(output)
-        raise _StopError
+        raise StopError
 
     loader.load(layers[0])
     handle = stack[0].register_forward_hook(look)
     try:
         owner(input_ids=batches[0][:1, :8], use_cache=False)
-    except _StopError:
+    except StopError:
         pass
     finally:
         handle.remove()
@@ -93,20 +93,25 @@ def _layer_by_layer(
     observe: Observe,
     advance: Advance,
 ) -> None:
-    hidden, arguments = _record(owner, stack, batches)
+    hidden, arguments = record(owner, stack, batches)
     for index, prefix in enumerate(layers):
         loader.load(prefix)
         try:
             with observe(index):
                 for batch, (args, kwargs) in enumerate(arguments[index]):
-                    hidden[batch] = _only_hidden(stack[index](hidden[batch], *args, **kwargs))
+                    hidden[batch] = only_hidden(stack[index](hidden[batch], *args, **kwargs))
                     advance(index, hidden[batch].shape[0] * hidden[batch].shape[1])
         finally:
             loader.unload(prefix)
         arguments[index].clear()
 
 
-def _only_hidden(output: Any) -> Tensor:
+def only_hidden(output: Any) -> Tensor:
+    """The hidden states that a decoder layer returned.
+
+    Raises:
+        CheckpointError: there is more.
+    """
     if isinstance(output, tuple):
         if len(output) > 1:
             raise CheckpointError(
@@ -117,7 +122,7 @@ def _only_hidden(output: Any) -> Tensor:
     return output
 
 
-def _record(
+def record(
     owner: nn.Module, stack: Sequence[nn.Module], batches: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[list[tuple[tuple, dict]]]]:
     """First hidden states per batch, and every layer's other arguments per layer and batch (equal ones shared)."""
@@ -134,15 +139,16 @@ def _record(
 
         return forward
 
-    with _forwards(stack, [stub(index) for index in range(len(stack))]):
+    with forwards(stack, [stub(index) for index in range(len(stack))]):
         for batch in batches:
             owner(input_ids=batch, use_cache=False)
     return hidden, arguments
 
 
 @contextmanager
-def _forwards(stack: Sequence[nn.Module], forwards: list[Callable[..., Any]]) -> Iterator[None]:
-    for layer, forward in zip(stack, forwards, strict=True):
+def forwards(stack: Sequence[nn.Module], stubs: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """The decoder layers with other forwards."""
+    for layer, forward in zip(stack, stubs, strict=True):
         layer.forward = forward
     try:
         yield

@@ -48,13 +48,14 @@ class _Masked(TorchFunctionMode):
         self._shapes = (tuple(shape), tuple(shape[::-1]))
         self._masked = masked
         self.logits: Tensor | None = None
+        self.features: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor) and tuple(args[1].shape) in self._shapes:
             out = out.clone()
             out[..., self._masked] = -torch.inf
-            self.logits = out.flatten(0, -2)
+            self.logits, self.features = out.flatten(0, -2), args[0].flatten(0, -2)
         return out
 
 
@@ -91,16 +92,18 @@ def route_of(block: Routable, alone: Callable[[], bool], scale: Callable[[], flo
         if block.tables:
             raise CheckpointError(
                 f"layer {block.dims.layer}: experts must be chosen by a router for tokens to be routed again. Got a "
-                f"table of token ids instead. Use components that do not route again, such as scorer 'reap'."
+                f"table of token ids instead. Use components that do not route again, such as scorer 'reap' and router "
+                "'additive'."
             )
         if inputs.shape[-1] == 0:
             raise CheckpointError(
                 f"layer {block.dims.layer}: tokens must be routed by their hidden states alone to be routed again. Got "
-                f"a router that reads more instead. Use components that do not route again, such as scorer 'reap'."
+                f"a router that reads more instead. Use components that do not route again, such as scorer 'reap' and "
+                "router 'additive'."
             )
         if not copies:
             copies.append(_copy(block, ones))
-        return _routed(block, copies[0], inputs, experts, alone(), scale())
+        return routed(block, copies[0], inputs, experts, alone(), scale())
 
     return route
 
@@ -134,7 +137,7 @@ def _copy(block: Routable, ones: Mapping[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def _routed(block: Routable, module: Any, inputs: Tensor, experts: Tensor | None, alone: bool, scale: float) -> Routing:
+def routed(block: Routable, module: Any, inputs: Tensor, experts: Tensor | None, alone: bool, scale: float) -> Routing:
     count = block.dims.experts
     masked = torch.ones(count, dtype=torch.bool)
     masked[torch.arange(count) if experts is None else experts] = False
@@ -156,7 +159,10 @@ def _routed(block: Routable, module: Any, inputs: Tensor, experts: Tensor | None
         )
     coefficients = coefficients.to(torch.float32) * scale
     return Routing(
-        chosen.reshape(len(inputs), -1), coefficients.reshape(len(inputs), -1), mode.logits[:, :count].float()
+        chosen.reshape(len(inputs), -1),
+        coefficients.reshape(len(inputs), -1),
+        mode.logits[:, :count].float(),
+        mode.features,
     )
 
 

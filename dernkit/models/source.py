@@ -24,6 +24,7 @@ from dernkit.models.headers import TORCH_DTYPES
 from dernkit.models.mtp import Mtp, MtpLayer, find_mtp
 from dernkit.models.probe import build_on_meta
 from dernkit.models.quantised import DTYPE, Scheme, declarations, scheme_of
+from dernkit.models.ragged import read_counts, set_counts
 from dernkit.models.stack import find_blocks
 from dernkit.models.store import Store, quiet_transformers
 
@@ -40,6 +41,8 @@ class SourceModel:
     trust_remote_code: bool = False
     scheme: Scheme | None = None
     """How the checkpoint is quantised; ``config`` and ``checkpoint`` show it as it is read, in bfloat16."""
+    counts: tuple[int, ...] | None = None
+    """Experts in every MoE layer, where they differ: a result of dernkit's that only dernkit loads."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,6 +71,8 @@ class SourceModel:
             except Exception as error:  # transformers raises many kinds; each means that the fields do not fit together
                 raise not_understood(self.path, error) from None
             blocks = find_blocks(model, self.adapters)
+        if self.counts is not None:
+            set_counts(self.path, blocks, self.counts)
         model.set_experts_implementation("eager")
         return Store(model, self.checkpoint, keep_dtypes=keep_dtypes), blocks
 
@@ -148,7 +153,8 @@ def read_source(path: Path, *, trust_remote_code: bool = False) -> SourceModel:
     if scheme is not None:
         _as_read(config, fields)
     checkpoint = open_checkpoint(path, scheme.coded if scheme else None)
-    return SourceModel(path, config, checkpoint, model_class(config, trust_remote_code), (), trust_remote_code, scheme)
+    cls, counts = model_class(config, trust_remote_code), read_counts(path, fields)
+    return SourceModel(path, config, checkpoint, cls, (), trust_remote_code, scheme, counts)
 
 
 def is_read_decoded(path: Path) -> bool:

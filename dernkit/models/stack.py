@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from dernkit.api import Adapter, Block
-from dernkit.errors import CheckpointError
+from dernkit.errors import CheckpointError, ContractError, DernkitError
+from dernkit.sentences import reason
 
 _COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -19,8 +20,9 @@ def find_blocks(model: Any, adapters: Sequence[Adapter]) -> list[Block]:
 
     Raises:
         CheckpointError: no adapter does (not a MoE, or an undeclared one), or several do.
+        ContractError: an adapter raised something else.
     """
-    claims = {adapter.name: blocks for adapter in adapters if (blocks := adapter.blocks(model))}
+    claims = {adapter.name: blocks for adapter in adapters if (blocks := _claimed(adapter, model))}
     if len(claims) == 1:
         return next(iter(claims.values()))
     if claims:
@@ -36,6 +38,21 @@ def find_blocks(model: Any, adapters: Sequence[Adapter]) -> list[Block]:
     raise CheckpointError(
         f"{model.config.model_type}: must be a Mixture-of-Experts model. Got a model without routed experts instead."
     )
+
+
+def _claimed(adapter: Adapter, model: Any) -> list[Block]:
+    try:
+        return adapter.blocks(model)
+    except DernkitError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ContractError(
+            f"adapter '{adapter.name}': blocks must raise nothing but a DernkitError (law no_exception). "
+            f"Got {type(error).__name__}: {reason(error)} instead. Fix the plugin, or uninstall it.",
+            law="no_exception",
+            kind="adapter",
+            component=adapter.name,
+        ) from error
 
 
 def _counts_experts(config: Mapping[str, Any]) -> bool:

@@ -87,6 +87,23 @@ class Store:
             )
         return module
 
+    def load_all(self) -> None:
+        """Make all parameters of the model real, and tie those that the checkpoint holds once.
+
+        Raises:
+            CheckpointError: a tensor does not fit, is missing, or holds NaN or infinity.
+        """
+        self._load(list(self.target), "the model")
+        self.model.tie_weights(missing_keys={name for name, tensor in self._parameters() if tensor.is_meta})
+        left = [name for name, tensor in self._parameters() if tensor.is_meta]
+        if left:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: must hold '{left[0]}'. Got no such tensor. Download it again."
+            )
+
+    def _parameters(self) -> list[tuple[str, Tensor]]:
+        return list(self.model.named_parameters(remove_duplicate=False))
+
     def load_around(self, owner: str, layers: Sequence[str]) -> None:
         """Make real what lies below ``owner`` but in none of its ``layers`` (embeddings, norms; never the head)."""
         inside = tuple(layer + "." for layer in layers)

@@ -16,9 +16,12 @@ from dernkit.api import Block, Merge, Router
 from dernkit.errors import CheckpointError
 from dernkit.kernel.compress import NO_STATISTICS, check_width, compress_layer, target_width
 from dernkit.kernel.selection import kept_count, limits
+from dernkit.models.export import Export, export_of
 from dernkit.models.folder import copy_other_files, edited_config, verify
 from dernkit.models.groups import regrouped
+from dernkit.models.padding import check_padding, padded, refuse_chosen
 from dernkit.models.probe import set_field
+from dernkit.models.ragged import FIELD
 from dernkit.models.source import SourceModel
 from dernkit.models.store import Store
 from dernkit.models.writer import ShardWriter
@@ -36,19 +39,44 @@ def apply_live(
     *,
     seed: int,
     width: int | None = None,
+    export: str = "auto",
     stats: Mapping[int, LayerStats] = MappingProxyType({}),
-) -> None:
-    """Surgery on every block of a model in memory, and on its config."""
+) -> Export:
+    """Surgery on every block of a model in memory, and on its config.
+
+    Layers that keep different numbers of experts are padded where ``export`` wants it; where not, the config gets a
+    field that `load_model` understands, and transformers refuses what ``save_pretrained`` then writes.
+    """
     blocks = regrouped(model, blocks, collapse=_one_group(plans))
     check_new_width(blocks, width)
     width = target_width(plans, merge, width)
-    changes = blocks[0].config_changes(len(plans[0].kept), width)
+    result = export_of(blocks, [len(plan.kept) for plan in plans], export)
+    changes = blocks[0].config_changes(result.most, width)
     with torch.no_grad():
-        for block, plan in zip(blocks, plans, strict=True):
-            seen = stats.get(block.layer, NO_STATISTICS)
-            block.replace(compress_layer(block.bank(), plan, merge, router, width, seed, seen))
+        # All before the first is put in its place: an error must leave the model as it is.
+        layers = [
+            compress_layer(block.bank(), plan, merge, router, width, seed, stats.get(block.layer, NO_STATISTICS))
+            for block, plan in zip(blocks, plans, strict=True)
+        ]
+        filled = [_filled(*each, result) for each in zip(layers, blocks, plans, strict=True)]
+        for block, plan, layer in zip(blocks, plans, filled, strict=True):
+            block.replace(layer)
+            if len(plan.kept) < block.dims.experts:
+                refuse_chosen(block, len(plan.kept), model)
     for field, value in changes.items():
         set_field(model.config, field, value)
+    if result.kind == "dernkit":
+        setattr(model.config, FIELD, list(result.counts))
+    return result
+
+
+def _filled(compressed: CompressedLayer, block: Block, plan: LayerPlan, result: Export) -> CompressedLayer:
+    """With the experts that the layer lacks, where the result is padded."""
+    bias = block.padding() if result.kind == "padded" and len(plan.kept) < result.most else None
+    if bias is None:
+        return compressed
+    groups = 1 if plan.one_group else block.dims.groups
+    return padded(compressed, block.bank(), result.most, bias, groups=groups)
 
 
 def apply_checkpoint(
@@ -63,8 +91,9 @@ def apply_checkpoint(
     progress: Progress,
     width: int | None = None,
     mtp: str = "compress",
+    export: str = "auto",
     stats: Mapping[int, LayerStats] = MappingProxyType({}),
-) -> None:
+) -> Export:
     """Stream the compressed checkpoint into ``folder``, one block's weights in memory at a time.
 
     Args:
@@ -79,17 +108,19 @@ def apply_checkpoint(
         width: neurons of an expert after surgery; None: what the merge needs.
         mtp: whether multi-token-prediction layers are compressed by the last layer's plan ("compress") or left out
             ("drop").
+        export: how layers that keep different numbers of experts are written; see `dernkit.models.export`.
         stats: of every layer, for a merge or router that reads some.
     """
     store, blocks = source.open(keep_dtypes=True)
     blocks = regrouped(store.model, blocks, collapse=_one_group(plans))
     _check_fit(blocks, plans)
-    works = [_Work(block.layer, store, block, plan) for block, plan in zip(blocks, plans, strict=True)]
+    result = export_of(blocks, [len(plan.kept) for plan in plans], export)
+    works = [_Work(block.layer, store, block, plan, result) for block, plan in zip(blocks, plans, strict=True)]
     check_new_width(blocks, width)
     width = target_width(plans, merge, width)
     dropped = source.mtp.tensors if mtp == "drop" else ()
     if mtp == "compress":
-        works += [_Work(x.path, *source.open_mtp(x, keep_dtypes=True), plans[-1]) for x in source.mtp.layers]
+        works += [_Work(x.path, *source.open_mtp(x, keep_dtypes=True), plans[-1], result) for x in source.mtp.layers]
     replaced, removed = _layout(works, width)
     writer = ShardWriter(source.checkpoint, folder, replaced, removed.union(dropped))
     store.refuse_non_finite_on_disk(writer.copied)
@@ -105,12 +136,15 @@ def apply_checkpoint(
             tracker.advance(1, f"layer {work.layer}")
     writer.copy_untouched()
     writer.finish()
-    experts = len(plans[0].kept)
-    config = edited_config(source, blocks[0].config_changes(experts, width), drop_mtp=bool(dropped))
+    changes, uneven = blocks[0].config_changes(result.most, width), result.kind == "dernkit"
+    config = edited_config(source, changes, drop_mtp=bool(dropped), counts=result.counts if uneven else None)
     (folder / "config.json").write_bytes(config.encode())
     copy_other_files(source.path, folder)
-    verify(folder, source, experts, blocks[0].dims.groups)
+    written = verify(folder, source, result.written, blocks[0].dims.groups)
+    if result.kind == "padded":
+        check_padding(*written.open(), result.counts)
     journal.remove()
+    return result
 
 
 def check_new_width(blocks: Sequence[Block], width: int | None) -> None:
@@ -134,6 +168,7 @@ class _Work:
     store: Store
     block: Block
     plan: LayerPlan
+    result: Export
 
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """In-memory tensors under their names in the checkpoint's files."""
@@ -157,9 +192,6 @@ def _check_fit(blocks: Sequence[Block], plans: Sequence[LayerPlan]) -> None:
             f"plan: must be for the model's MoE layers. Got (layer, experts, width) {theirs or 'nothing'} for "
             f"{mine or 'no layer'} instead. Delete plan.json and run again."
         )
-    counts = sorted({len(plan.kept) for plan in plans})
-    if len(counts) != 1:
-        raise CheckpointError(f"plan: all layers must keep the same number of experts. Got {counts} instead.")
     for block, plan in zip(blocks, plans, strict=True):
         _check_kept(block.dims, plan.kept.tolist())
 
@@ -186,7 +218,8 @@ def _compressed(
         store.load(path)
     _check_round_trip(store, block)
     with torch.no_grad():
-        resized = block.resized(compress_layer(block.bank(), work.plan, merge, router, width, seed, stats))
+        compressed = compress_layer(block.bank(), work.plan, merge, router, width, seed, stats)
+        resized = block.resized(_filled(compressed, block, work.plan, work.result))
     for path in modules:
         store.unload(path)
     return work.to_disk(resized)
@@ -209,7 +242,8 @@ def _layout(works: Iterable[_Work], width: int) -> tuple[dict[str, Tensor], froz
     touched: set[str] = set()
     for work in works:
         checkpoint, block = work.store.checkpoint, work.block
-        resized = block.resized(_blank(block.bank(), work.plan, width))
+        blank = _blank(block.bank(), work.plan, width)
+        resized = block.resized(_filled(blank, block, work.plan, work.result))
         touched |= {checkpoint.stored(key) for key in work.store.keys({*resized, *block.tensors()})}
         replaced |= work.to_disk(resized)
     unknown = sorted(replaced.keys() - touched)

@@ -66,10 +66,12 @@ def calibrate_live(
     """The same statistics, bit for bit, from a model that is whole in memory."""
     collector = Collector(blocks, requires, sample_size=sample_size, seed=seed)
     with eager_experts(model):
-        return collector.run(decoder_stack(model, blocks), batches, _Live(), progress)
+        return collector.run(decoder_stack(model, blocks), batches, Live(), progress)
 
 
-class _Live:
+class Live:
+    """The loader of a model that is whole in memory."""
+
     def load(self, prefix: str) -> None:
         """Already there."""
 
@@ -128,7 +130,11 @@ class Collector:
                 self.observe,
                 lambda layer, tokens: tracker.advance(tokens, f"layer {layer + 1}/{count}"),
             )
-        return {layer: accumulator.stats() for layer, accumulator in self._accumulators.items()}
+        return {layer: self.stats(layer) for layer in self._accumulators}
+
+    def stats(self, layer: int) -> LayerStats:
+        """What has been collected of a layer's block."""
+        return self._accumulators[layer].stats()
 
     def observe(self, layer: int) -> AbstractContextManager[None]:
         """Hooks on the layer's block, if it has one."""
@@ -200,18 +206,28 @@ def save_stats(stats: Mapping[int, LayerStats], file: Path, key: str) -> None:
     Raises:
         CheckpointError: a statistic is NaN or infinite.
     """
+    refuse_non_finite(stats)
     sample_size = max((values.sample_size for values in stats.values()), default=0)
     tensors = {_SAMPLE_SIZE: torch.tensor(sample_size)}
     for layer, values in stats.items():
         tensors[f"layers.{layer}.tokens"] = torch.tensor(values.tokens)
         tensors |= {f"layers.{layer}.{name}": value.contiguous() for name, value in values.values.items()}
-    for name, value in tensors.items():
-        if not _finite(value):
-            raise CheckpointError(
-                f"statistics: must be finite. Got NaN or infinity in '{name}' instead. The model overflows "
-                f"on this text: set 'dtype' in config.json to float32, or take other text."
-            )
     save_file(tensors, file, metadata={"key": key})
+
+
+def refuse_non_finite(stats: Mapping[int, LayerStats]) -> None:
+    """Nothing is decided by statistics that are no numbers.
+
+    Raises:
+        CheckpointError: a statistic is NaN or infinite.
+    """
+    for layer, values in stats.items():
+        for name, value in values.values.items():
+            if not _finite(value):
+                raise CheckpointError(
+                    f"statistics: must be finite. Got NaN or infinity in 'layers.{layer}.{name}' instead. The model "
+                    f"overflows on this text: set 'dtype' in config.json to float32, or take other text."
+                )
 
 
 def load_stats(file: Path) -> dict[int, LayerStats]:

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dernkit.api import Assigner, Block, Budget, Scorer, Selector
-from dernkit.errors import CheckpointError, ContractError
-from dernkit.kernel.planning import measure_layer, plan_from_scores, score_layer
+from dernkit.errors import CheckpointError
+from dernkit.kernel import calls
+from dernkit.kernel.planning import measure_layer, plan_from_scores, plan_layer, score_layer
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.groups import regrouped
 from dernkit.models.source import SourceModel
@@ -23,7 +24,7 @@ from dernkit.progress import Progress
 from dernkit.sentences import reason
 from dernkit.types import Assignment, LayerPlan, LayerStats
 
-_MOVES = ("source", "target", "partner", "affinity")
+_MOVES = ("source", "target", "partner", "affinity", "scale")
 _GROUPS = ("respect", "collapse")
 
 
@@ -56,8 +57,13 @@ def check_keep(source: SourceModel, decisions: Decisions) -> None:
 
     Raises:
         CheckpointError: ``keep`` is below top-k, above the count, or no multiple of the groups; or these are to become
-            one and cannot.
+            one and cannot; or the model's layers have different counts already.
     """
+    if source.counts is not None:
+        raise CheckpointError(
+            f"{source.path}: every MoE layer must have the same number of experts to be compressed. Got a result of "
+            f"dernkit's with {min(source.counts)} to {max(source.counts)} instead. Compress what it was made from."
+        )
     store, blocks = source.outline
     for block in regrouped(store.model, blocks, collapse=decisions.groups == "collapse"):
         kept_count(decisions.keep, limits(block.dims))
@@ -66,7 +72,11 @@ def check_keep(source: SourceModel, decisions: Decisions) -> None:
 def plan_checkpoint(
     source: SourceModel, decisions: Decisions, stats: Mapping[int, LayerStats], progress: Progress
 ) -> list[LayerPlan]:
-    """Decide for every MoE block of a checkpoint, one block's weights in memory at a time."""
+    """Decide for every MoE block of a checkpoint, one block's weights in memory at a time.
+
+    Raises:
+        CheckpointError: ``stats`` lack what a component reads.
+    """
     store, blocks = source.open(keep_dtypes=True)
     blocks = regrouped(store.model, blocks, collapse=decisions.groups == "collapse")
     return plan_blocks(blocks, decisions, stats, store, progress)
@@ -85,7 +95,7 @@ def plan_blocks(
         ContractError: a component broke its contract.
         CheckpointError: the router of some layer does not allow the count asked for.
     """
-    again = decisions.assigner is not None or bool(decisions.selector.requires)
+    again = decisions.assigner is not None or decisions.selector.groups or bool(decisions.selector.requires)
     passes = 1 + again
     with progress.track("plan", passes * len(blocks), "layers") as tracker:
         scores, measures = [], []
@@ -111,28 +121,25 @@ def plan_blocks(
     return plans
 
 
+def known_counts(blocks: Sequence[Block], decisions: Decisions) -> list[int]:
+    """The counts of a budget that needs no measures; ``blocks`` are `regrouped` as decided."""
+    return _allocate(blocks, decisions, [])
+
+
+def plan_block(block: Block, decisions: Decisions, stats: LayerStats, count: int) -> LayerPlan:
+    """Score one block whose weights are loaded and whose count is known, then keep and assign."""
+    block.check()
+    plan = plan_layer(block.bank(), stats, decisions.scorer, count, decisions.selector, decisions.assigner)
+    return replace(plan, one_group=decisions.groups == "collapse")
+
+
 def _of(stats: Mapping[int, LayerStats], block: Block) -> LayerStats:
     return stats.get(block.layer, LayerStats(tokens=0))
 
 
 def _allocate(blocks: Sequence[Block], decisions: Decisions, measures: list[Tensor]) -> list[int]:
     bounds = [limits(block.dims) for block in blocks]
-    counts = decisions.budget.allocate(measures, decisions.keep, bounds)
-    where = f"budget '{decisions.budget.name}'"
-    if len(counts) != len(blocks):
-        raise ContractError(f"{where}: must return one count per layer ({len(blocks)}). Got {len(counts)} instead.")
-    for count, bound in zip(counts, bounds, strict=True):
-        if not bound.smallest <= count <= bound.experts or count % bound.multiple:
-            raise ContractError(
-                f"{where}, layer {bound.layer}: must return a count from {bound.smallest} to {bound.experts} in steps "
-                f"of {bound.multiple}. Got {count} instead."
-            )
-    if len(set(counts)) != 1:
-        raise ContractError(
-            f"{where}: must keep the same count in every layer, as stock runtimes load one count for all. "
-            f"Got {sorted(set(counts))} instead."
-        )
-    return counts
+    return calls.allocate(decisions.budget, measures, decisions.keep, bounds)
 
 
 def save_plan(
@@ -143,7 +150,10 @@ def save_plan(
     Both carry the ``key`` of ``header``, so that files of two plans are not taken for one.
     """
     moves = {
-        f"layers.{plan.layer}.{name}": getattr(plan.assignment, name).contiguous() for plan in plans for name in _MOVES
+        f"layers.{plan.layer}.{name}": value.contiguous()
+        for plan in plans
+        for name in _MOVES
+        if (value := getattr(plan.assignment, name)) is not None
     }
     moves |= {f"layers.{plan.layer}.kept": plan.kept for plan in plans}
     save_file(moves, folder / "plan.safetensors", metadata={"key": str(header["key"])})
@@ -203,7 +213,9 @@ def load_plan(folder: Path) -> list[LayerPlan]:
 
 
 def _layer_plan(layer: int, item: Mapping[str, Any], file: Any) -> LayerPlan:
-    moves = Assignment(*(file.get_tensor(f"layers.{layer}.{name}") for name in _MOVES))
+    names = {name: f"layers.{layer}.{name}" for name in _MOVES}
+    stored = set(file.keys())
+    moves = Assignment(**{name: file.get_tensor(at) for name, at in names.items() if name != "scale" or at in stored})
     planned = file.get_tensor(f"layers.{layer}.kept").tolist()
     if len(moves) and item["kept"] != planned:
         raise CheckpointError(

@@ -56,7 +56,7 @@ def softmax_route(router: Float[Tensor, "experts hidden"], top_k: int) -> Route:
             masked[:, experts] = logits[:, experts]
             logits = masked
         chosen = torch.argsort(logits, dim=1, descending=True, stable=True)[:, :top_k]
-        return Routing(chosen, logits.gather(1, chosen).softmax(dim=1), logits)
+        return Routing(chosen, logits.gather(1, chosen).softmax(dim=1), logits, inputs)
 
     return route
 

@@ -33,13 +33,14 @@ def recipe(
     groups: str = "respect",
     mtp: str = "compress",
     width: int | None = None,
+    export: str = "auto",
 ) -> Recipe:
     """A bound recipe; its source is never read."""
     data: dict[str, Any] = {
         "dernkit": 1,
         "calibrate": {"source": {"use": "text-file", "path": "unused.txt"}, "sequences": 4, "length": 16},
         "plan": {"keep": keep, "score": {"use": score}, "groups": groups},
-        "apply": {"router": {"use": router}, "width": width, "mtp": mtp},
+        "apply": {"router": {"use": router}, "width": width, "mtp": mtp, "export": export},
     }
     if assign is not None:
         data["plan"]["assign"] = assign
@@ -82,6 +83,7 @@ def carry_out(model: SourceModel, plans: list[LayerPlan], bound: Recipe, out: Pa
         progress=Silent(),
         width=bound.apply.width,
         mtp=bound.apply.mtp,
+        export=bound.apply.export,
     )
 
 

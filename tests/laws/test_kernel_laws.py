@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dernkit.builtin.assigners import Affinity, NoMoves
-from dernkit.builtin.merges import Concatenate, SphericalKMeans, WeightedAverage
-from dernkit.builtin.routers import Additive, Slice
+from dernkit.builtin.merges import Concatenate, Keep, KMeansActivation, Slerp, SphericalKMeans, WeightedAverage
+from dernkit.builtin.routers import Additive, Average, LogMass, Slice
 from dernkit.builtin.scorers import GateMass, Reap, RouterFrequency
 from dernkit.builtin.selectors import TopScore
 from dernkit.builtin.similarities import Cosine
@@ -34,10 +34,15 @@ merges = st.sampled_from(
         SphericalKMeans(init="random", equalise=False),
         WeightedAverage(),
         WeightedAverage(weights="uniform", rescale=True),
+        WeightedAverage(weights="frequency"),
+        KMeansActivation(),
+        Slerp(),
+        Slerp(weights="frequency", along="segment"),
+        Keep(),
         Concatenate(),
     ]
 )
-routers = st.sampled_from([Slice(), Additive()])
+routers = st.sampled_from([Slice(), Additive(), Average(), Average(weights="frequency"), LogMass()])
 scorers = st.sampled_from([GateMass(), Reap(), RouterFrequency()])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 orders = st.integers(0, 10**6)
@@ -85,9 +90,10 @@ def assert_same_neurons(one: torch.Tensor, other: torch.Tensor, tolerance: float
 @few
 @given(banks(), merges, routers, scorers, st.floats(-1, 1))
 def test_keeping_all_experts_changes_no_bit(bank, merge, router, scorer, threshold) -> None:
-    plan = plan_layer(bank, random_stats(bank), scorer, 4, TopScore(), Affinity(threshold=threshold))
+    stats = random_stats(bank)
+    plan = plan_layer(bank, stats, scorer, 4, TopScore(), Affinity(threshold=threshold))
     width = target_width([plan], merge)
-    assert_same_bits(compress_layer(bank, plan, merge, router, width, 0), bank, torch.arange(4))
+    assert_same_bits(compress_layer(bank, plan, merge, router, width, 0, stats), bank, torch.arange(4))
 
 
 @few
@@ -97,7 +103,7 @@ def test_a_threshold_of_1_is_plain_pruning_bit_for_bit(bank, merge, router, scor
     plan = plan_layer(bank, stats, scorer, keep, TopScore(), Affinity(threshold=1.0))
     pruned = plan_layer(bank, stats, scorer, keep, TopScore(), NoMoves())
     assert torch.equal(plan.kept, pruned.kept)
-    layer = compress_layer(bank, plan, merge, router, target_width([plan], merge), 0)
+    layer = compress_layer(bank, plan, merge, router, target_width([plan], merge), 0, stats)
     assert_same_bits(layer, bank, plan.kept)
 
 
@@ -125,7 +131,7 @@ def compress_with_twins(bank: ExpertBank, merge: object, seed: int) -> tuple[Lay
     bank = copy_expert(bank, 1, 3, permutation(bank.dims.width, seed))
     scores = torch.tensor([3, 2, 4, 1], dtype=torch.float64)
     plan = plan_from_scores(bank, LayerStats(0), scores, 3, TopScore(), Affinity())
-    return plan, compress_layer(bank, plan, merge, Slice(), target_width([plan], merge), 0), bank
+    return plan, compress_layer(bank, plan, merge, Slice(), target_width([plan], merge), 0, random_stats(bank)), bank
 
 
 @few
@@ -189,7 +195,7 @@ def test_permuting_neurons_changes_no_function(bank, merge, expert, seed, quanti
 
 def run(bank, stats, merge, router, scorer, quantile) -> tuple[LayerPlan, CompressedLayer]:
     plan = plan_layer(bank, stats, scorer, 2, TopScore(), Affinity(similarity=Cosine(), quantile=quantile))
-    return plan, compress_layer(bank, plan, merge, router, target_width([plan], merge, multiple=4), 0)
+    return plan, compress_layer(bank, plan, merge, router, target_width([plan], merge, multiple=4), 0, stats)
 
 
 def assert_same_function(one: ExpertBank, first: int, other: ExpertBank, second: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dernkit.models.loading import load_checked
 from dernkit.models.source import SourceModel, find_blocks, open_source
 from dernkit.progress import Silent
 from dernkit.recipe import Recipe
@@ -26,6 +28,7 @@ from dernkit.stages.plan import plan_checkpoint
 from dernkit.types import LayerPlan
 from tests.laws.module_models import MODELS, OwnAdapter, build
 from tests.laws.pipeline import DERN, TOKENS, recipe, tensors
+from tests.laws.test_uneven_laws import Falling
 from tests.unit.workbench import dernkit, succeeded
 
 IDS = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -213,3 +216,19 @@ def test_the_adapter_that_inspect_begins_compresses(
     )
     for file in (tmp_path / "own").iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_experts_of_different_counts_are_loaded_by_dernkit_only(
+    saved: tuple[Any, Path], tmp_path: Path, registry: Registry
+) -> None:
+    """A module that is not there would be missing tensors only: the router's rows stop stock transformers."""
+    model, folder = saved
+    bound = recipe(registry, export="dernkit")
+    plans = compressed(folder, tmp_path / "out", replace(bound, plan=replace(bound.plan, budget=Falling())))
+    assert len({len(plan.kept) for plan in plans}) > 1
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with masked(model, plans):
+        expected = model(IDS).logits
+    found = load_checked(tmp_path / "out", [OwnAdapter()])(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

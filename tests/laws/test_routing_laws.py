@@ -43,6 +43,17 @@ def test_route_is_the_models_own_router(family: str):
 
 
 @every_family
+def test_logits_are_the_routers_rows_times_the_features_that_routing_tells(family: str):
+    """Also where the router normalises (Gemma 4) or projects (ZAYA) its inputs first: log-mass fits rows to them."""
+    model = families.build(family)
+    blocks: list[Any] = [block for block in find_blocks(model, [Universal()]) if not block.tables][:1]
+    bank, (inputs, _) = blocks[0].bank(), observed(model, family, blocks)[0]
+    found = bank.route(inputs, None)
+    bias = 0 if bank.router_bias is None else bank.per_expert[bank.router_bias]
+    torch.testing.assert_close(found.features @ bank.router.T + bias, found.logits, rtol=1e-4, atol=1e-5)
+
+
+@every_family
 def test_route_among_some_experts_is_the_pruned_models_router(family: str):
     model = families.build(family)
     blocks: list[Any] = find_blocks(model, [Universal()])

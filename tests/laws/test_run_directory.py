@@ -142,7 +142,6 @@ EDITS: dict[str, tuple[Any, str]] = {
     "an expert twice": ([0, 0, 1, 2], ORDER),
     "out of order": ([3, 2, 1, 0], ORDER),
     "one too high": ([0, 1, 2, 8], ORDER),
-    "one fewer": ([0, 1, 2], "plan: all layers must keep the same number of experts. Got [3, 4] instead."),
     "words": (["0", "1", "2", "3"], "{out}/plan.json: must be a plan with its plan.safetensors beside it. Got '…"),
     "halves": ([0.5, 1, 2, 3], "{out}/plan.json: must be a plan with its plan.safetensors beside it. Got '…"),
     "no list": (4, "{out}/plan.json: must be a plan with its plan.safetensors beside it. Got '…"),

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
+import sys
 import sysconfig
 import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -26,3 +33,17 @@ def with_plugin(folder: Path, plugin: Path) -> Path:
     offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
     run(python, "-m", "pip", "install", *offline, copy, cwd=folder)
     return python
+
+
+@contextmanager
+def imported(place: Path) -> Iterator[ModuleType]:
+    """The module or package at ``place`` (without .py), imported, and forgotten afterwards."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(place.parent))
+    try:
+        yield importlib.import_module(place.name)
+    finally:
+        sys.path.remove(str(place.parent))
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] == place.name:
+                del sys.modules[name]

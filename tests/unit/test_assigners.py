@@ -6,7 +6,6 @@ import torch
 
 from dernkit.api import Match
 from dernkit.builtin.assigners import Affinity, NoMoves
-from dernkit.errors import ContractError
 from dernkit.testing.banks import random_bank, random_stats, retained
 from dernkit.types import ExpertBank, LayerStats
 
@@ -87,18 +86,6 @@ def test_only_one_rule_may_be_given() -> None:
 def test_an_assigner_requires_what_its_similarity_requires() -> None:
     assert Affinity(similarity=TABLE).requires == {"routed"}
     assert Affinity().requires == frozenset()
-
-
-@pytest.mark.parametrize(
-    ("rows", "problem"),
-    [
-        (((0.5,),) * 6, r"shape \[3, 2\]. Got \[3, 1\]"),
-        (((0.5, float("nan")),) * 6, r"Got \[3, 2\] and \[3, 2\] with NaN or infinity"),
-    ],
-)
-def test_similarities_are_held_to_their_contract(rows: tuple, problem: str) -> None:
-    with pytest.raises(ContractError, match=f"^similarity 'table', layer 7: must return finite.*{problem}"):
-        Affinity(similarity=Table(rows)).assign(BANK, RETAINED, STATS)
 
 
 def test_nothing_dropped_moves_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from dernkit.builtin.scorers import GateMass
 from dernkit.kernel.statistics import Accumulator
+from dernkit.registry import Registry
 from dernkit.types import LayerStats
 from tests.unit.workbench import Workbench, dernkit, is_said, put_value, results, said, stages
 
@@ -154,11 +156,11 @@ def test_every_fault_of_a_recipe_is_printed_with_its_line(tmp_path: Path, comman
     places = {"validate": [], "eval": ["--model", str(bench.model)]}
     places["run"] = [*places["eval"], "--out", str(bench.out)]
     result = dernkit(command, str(file), *places[command])
+    installed = ", ".join(Registry.load(entry_points=False).names("scorer"))
     assert (result.exit_code, result.stdout, bench.out.exists()) == (2, "", False)
     assert result.stderr.splitlines() == [
         f"3 problems in {file}",
-        f"{file}:5: plan.score.use: unknown scorer 'reep'. Did you mean 'reap'? Installed: gate-mass, random, reap, "
-        "router-frequency.",
+        f"{file}:5: plan.score.use: unknown scorer 'reep'. Did you mean 'reap'? Installed: {installed}.",
         f"{file}:8: plan.assign.treshold: 'affinity' has no option 'treshold'. Did you mean 'threshold'?",
         f"{file}:9: aply: a recipe has no key 'aply'. Did you mean 'apply'?",
     ]
@@ -177,8 +179,9 @@ def test_a_component_that_breaks_its_contract_ends_the_run_and_statistics_stay(
     nothing = torch.full((8,), math.nan, dtype=torch.float64)
     monkeypatch.setattr(GateMass, "score", lambda self, bank, stats: nothing)
     assert said(bench.run(), 4) == (
-        "scorer 'gate-mass', layer 0: score must be finite, also for an expert that saw no token. Got nan for expert 0 "
-        "instead. Let the scorer divide by no count of 0."
+        f"plugin 'dernkit.builtin.scorers' (dernkit {metadata.version('dernkit')}), scorer 'gate-mass', layer 0: score "
+        "must be finite, also for an expert that saw no token (law finite). Got nan at [0] instead. Divide by no "
+        "count, weight or norm of 0."
     )
     assert results(bench.out).keys() == {"stats.safetensors"}
     monkeypatch.undo()

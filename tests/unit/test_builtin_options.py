@@ -4,24 +4,17 @@ import ast
 import inspect
 from dataclasses import MISSING, fields
 from itertools import pairwise
-from types import ModuleType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from annotated_types import Interval
 
-from dernkit.api import Similarity
-from dernkit.builtin import assigners, budgets, merges, routers, scorers, similarities
+from dernkit.components import KINDS, PROTOCOLS
+from dernkit.registry import Registry
 
-MODULES: dict[str, ModuleType] = {
-    "dernkit_scorers": scorers,
-    "dernkit_budgets": budgets,
-    "dernkit_assigners": assigners,
-    "dernkit_similarities": similarities,
-    "dernkit_merges": merges,
-    "dernkit_routers": routers,
-}
-COMPONENTS = [component for hook, module in MODULES.items() for component in getattr(module, hook)()]
+BUILTIN = Registry.load(entry_points=False)
+COMPONENTS = [c.cls for kind in KINDS.values() if kind.reads_statistics for c in BUILTIN.components(kind.name)]
+"""All that decides: scorers, similarities, merges and so on."""
 
 
 def is_bounded(hint: Any) -> bool:
@@ -29,7 +22,9 @@ def is_bounded(hint: Any) -> bool:
         base, *notes = get_args(hint)
         return is_bounded(base) or any(isinstance(note, Interval) for note in notes)
     inner = [arg for arg in get_args(hint) if arg is not type(None) and arg is not Ellipsis]
-    return hint in (bool, Similarity) or get_origin(hint) is Literal or (bool(inner) and all(map(is_bounded, inner)))
+    if get_origin(hint) is tuple and inner == [str]:
+        return True
+    return hint in (bool, *PROTOCOLS) or get_origin(hint) is Literal or (bool(inner) and all(map(is_bounded, inner)))
 
 
 @pytest.mark.parametrize("component", COMPONENTS, ids=lambda component: component.name)

@@ -9,7 +9,7 @@ from dernkit.builtin.assigners import Affinity
 from dernkit.builtin.merges import Concatenate, SphericalKMeans, WeightedAverage
 from dernkit.builtin.routers import Additive, Slice
 from dernkit.builtin.selectors import TopScore
-from dernkit.errors import CheckpointError, ContractError, RecipeError
+from dernkit.errors import CheckpointError, RecipeError
 from dernkit.kernel.compress import compress_layer, target_width
 from dernkit.kernel.planning import plan_from_scores
 from dernkit.kernel.seeding import generator
@@ -73,41 +73,6 @@ def test_scores_of_0_or_less_weigh_1(scores: list[float]) -> None:
     plan = replace(plan_for(bank), scores=torch.tensor(scores, dtype=torch.float64))
     compress_layer(bank, plan, Scripted(lambda pool: pools.append(pool) or pool.own), Slice(), 5, 0)
     assert all(pool.own_weight == 1 and bool((pool.incoming_weight == 1).all()) for pool in pools)
-
-
-@pytest.mark.parametrize(
-    ("merge", "problem"),
-    [
-        (lambda pool: pool.own * torch.nan, "must return finite segments. Got NaN"),
-        (lambda pool: torch.cat([pool.own, pool.own]), r"at most 5 segments.* Got \[10, 3, 3\]"),
-        (lambda pool: pool.own[:, :2], r"\[up to 5, 3, 3\]. Got \[5, 2, 3\]"),
-        (lambda pool: pool.own.flatten(1), r"Got \[5, 9\]"),
-    ],
-)
-def test_merges_are_held_to_their_contract(merge: Callable, problem: str) -> None:
-    bank = random_bank(4, 5, 3, layer=7)
-    with pytest.raises(ContractError, match=f"^merge 'scripted', layer 7, expert 0: .*{problem}"):
-        compress_layer(bank, plan_for(bank), Scripted(merge), Slice(), 5, 0)
-
-
-@pytest.mark.parametrize(
-    ("update", "problem"),
-    [
-        (lambda rows: rows, r"shape \[2, 3\]. Got other values of shape \[4, 3\]"),
-        (lambda rows: rows[:2] / 0, "must return finite rows.* Got NaN or infinity"),
-    ],
-)
-def test_routers_are_held_to_their_contract(update: Callable, problem: str) -> None:
-    bank = random_bank(4, 5, 3, layer=7)
-    with pytest.raises(ContractError, match=f"^router 'scripted', layer 7: .*{problem}"):
-        compress_layer(bank, plan_for(bank), SphericalKMeans(), Scripted(update), 5, 0)
-
-
-def test_a_router_cannot_change_the_bank() -> None:
-    bank = random_bank(4, 5, 3)
-    before = bank.router.clone()
-    compress_layer(bank, plan_for(bank), SphericalKMeans(), Scripted(lambda rows: rows.zero_()[:2]), 5, 0)
-    assert torch.equal(bank.router, before)
 
 
 def test_router_rows_that_do_not_change_keep_bits_that_float32_lacks() -> None:

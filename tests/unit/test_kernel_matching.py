@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dernkit.kernel import matching
-from dernkit.kernel.matching import best_match, lengths
+from dernkit.kernel.matching import best_match, best_product, cosines, lengths
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -81,7 +81,33 @@ def test_lengths_do_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) ->
 def test_default_chunk_stays_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     products = []
     close = matching._close
-    monkeypatch.setattr(matching, "_close", lambda q, c, n: products.append(len(q) * len(c) * 4) or close(q, c, n))
+    monkeypatch.setattr(
+        matching, "_close", lambda q, c, n: products.append(len(q[0]) * len(c[0]) * 4) or close(q, c, n)
+    )
     monkeypatch.setattr(matching, "BUDGET", 4096)
     best_match(normal(100, 3), normal(60, 3))
     assert len(products) > 1 and max(products) <= 4096
+
+
+def test_all_cosines_do_not_depend_on_the_pieces_and_agree_with_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, candidates = normal(30, 9), normal(20, 9, seed=1)
+    queries[3] = candidates[7] = 0
+    whole = cosines(queries, candidates)
+    assert not whole[3].any() and not whole[:, 7].any()
+    assert torch.equal(cosines(queries, queries).diagonal()[:3], torch.ones(3))
+    value, index = best_match(queries, candidates)
+    torch.testing.assert_close(whole.amax(1), value)
+    assert torch.equal(whole.argmax(1), index)
+    monkeypatch.setattr(matching, "BUDGET", 8 * 9 * 4)
+    torch.testing.assert_close(cosines(queries, candidates), whole, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_products_of_cosines_are_scored_like_cosines_of_outer_products(chunk: int | None) -> None:
+    queries, candidates = (normal(30, 9), normal(30, 4, seed=1)), (normal(20, 9, seed=2), normal(20, 4, seed=3))
+    queries[1][3] = candidates[0][7] = candidates[1][8] = 0
+    value, index = best_product(queries, candidates, chunk=chunk)
+    outer = [(one[:, :, None] * other[:, None]).flatten(1) for one, other in (queries, candidates)]
+    expected, expected_index = best_match(outer[0], outer[1])
+    torch.testing.assert_close(value, expected)
+    assert torch.equal(index, expected_index) and (value[3], index[3]) == (0, 0)

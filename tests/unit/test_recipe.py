@@ -83,6 +83,7 @@ def test_a_resolved_recipe_writes_every_default_out(tmp_path: Path) -> None:
             "length": 2048,
             "batch_size": 8,
             "sample": 16384,
+            "sequential": False,
         },
         "plan": {
             "keep": 0.5,
@@ -101,6 +102,7 @@ def test_a_resolved_recipe_writes_every_default_out(tmp_path: Path) -> None:
             "merge": {"use": "spherical-kmeans", "iterations": 30},
             "router": {"use": "slice"},
             "mtp": "compress",
+            "export": "auto",
         },
         "evaluate": [],
         "report": {"use": "markdown"},
@@ -136,7 +138,12 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for(path: Path, builtins
 def test_dern_is_the_published_method(builtins: Registry) -> None:
     written = load_recipe(RECIPES / "dern.yaml", builtins).resolved()
     assert written["plan"]["score"]["use"] == "gate-mass"
-    assert written["plan"]["assign"]["similarity"] == {"use": "cosine", "parts": ["up", "down"]}
+    assert written["plan"]["assign"]["similarity"] == {
+        "use": "cosine",
+        "parts": ["up", "down"],
+        "sign": False,
+        "balance": False,
+    }
     assert written["plan"]["assign"]["threshold"] == 0.6
     assert written["apply"]["merge"]["use"] == "spherical-kmeans"
     assert written["apply"]["router"]["use"] == "additive"

@@ -1,7 +1,5 @@
 """Who provides what: validation, collisions, and broken plugins that stop nobody else."""
 
-import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -11,10 +9,13 @@ import pytest
 from annotated_types import Interval
 
 from dernkit.api import PluginError, RecipeError
-from dernkit.components import provenance_of
+from dernkit.components import Origin, provenance_of
 from dernkit.registry import BUILTINS, Registry
 from tests.unit import toy_components
+from tests.unit.installed import PLUGIN, Install, installed
 from tests.unit.toy_components import plugin_of, toy_registry
+
+__all__ = ["installed"]
 
 
 def test_a_plugin_with_a_problem_adds_nothing_and_can_be_registered_again_when_mended() -> None:
@@ -74,7 +75,7 @@ def test_an_unknown_name_says_what_was_meant_and_what_is_installed() -> None:
 def test_a_component_knows_its_options_and_where_it_comes_from() -> None:
     component = toy_registry().get("assigner", "affinity")
     assert [option.name for option in component.options] == ["similarity", "threshold", "quantile"]
-    assert component.provenance == provenance_of(toy_components.Affinity, "toys", "local", "0")
+    assert component.provenance == provenance_of(toy_components.Affinity, Origin("toys", "local", "0"))
     assert component.provenance.file == toy_components.__file__
     assert toy_registry().get("scorer", "gate-mass").summary == "Total router weight."
     assert toy_registry().get("scorer", "weights").option("power").summary == "Exponent of the norm."
@@ -110,47 +111,14 @@ def test_all_builtins_register_and_come_from_this_distribution() -> None:
     assert registry.problems == []
 
 
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Installs a distribution with one plugin module."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def install(distribution: str, source: str) -> None:
-        module = distribution.replace("-", "_")
-        (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
-        info = tmp_path / f"{module}-3.1.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 3.1\n")
-        (info / "entry_points.txt").write_text(f"[dernkit]\n{distribution}-plugin = {module}\n")
-
-    yield install
-
-
-SCORER = """
-    from dataclasses import dataclass
-    from typing import ClassVar
-    from dernkit.api import hookimpl
-
-    @dataclass(frozen=True)
-    class Scorer:
-        name: ClassVar[str] = "{name}"
-        requires: ClassVar[frozenset[str]] = frozenset()
-        def score(self, bank, stats): ...
-
-    @hookimpl
-    def dernkit_scorers():
-        return [Scorer]
-"""
-
-
-def test_a_broken_plugin_stops_no_other_and_is_named_where_a_name_is_unknown(installed) -> None:
+def test_a_broken_plugin_stops_no_other_and_is_named_where_a_name_is_unknown(installed: Install) -> None:
     installed("a-import", "import nothing_of_this_name")
     installed("b-exit", "raise SystemExit(3)")
     installed("c-raises", "from dernkit.api import hookimpl\n@hookimpl\ndef dernkit_scorers():\n    1 / 0\n")
     installed("d-none", "from dernkit.api import hookimpl\n@hookimpl\ndef dernkit_scorers():\n    pass\n")
-    installed("e-class", SCORER.format(name="Bad Name"))
-    installed("f-collides", SCORER.format(name="reap"))
-    installed("g-good", SCORER.format(name="good"))
+    installed("e-class", PLUGIN.format(name="Bad Name"))
+    installed("f-collides", PLUGIN.format(name="reap"))
+    installed("g-good", PLUGIN.format(name="good"))
     registry = Registry.load()
     ours = [str(problem) for problem in registry.problems if "3.1)" in str(problem)]
     assert [text.split("(")[1].split(" ")[0] for text in ours] == [

@@ -136,6 +136,16 @@ class NoWidens:
     def merge(self, pool: Any, width: Any, rng: Any) -> Any: ...
 
 
+@dataclass(frozen=True)
+class NoNeedsMeasures:
+    name: ClassVar[str] = "no-needs-measures"
+    requires: ClassVar[frozenset[str]] = NONE
+
+    def measure(self, bank: Any, scores: Any, stats: Any) -> Any: ...
+
+    def allocate(self, measures: Any, keep: Any, limits: Any) -> Any: ...
+
+
 @pytest.mark.parametrize(
     ("cls", "sentence"),
     [
@@ -167,3 +177,8 @@ def test_a_class_that_is_no_component_is_refused_with_its_place(cls: Any, senten
 
 def test_a_merge_must_say_whether_it_widens() -> None:
     assert refusal(NoWidens, "dernkit_merges") == "must have `widens` true or false. Got None instead."
+
+
+def test_a_budget_must_say_whether_it_needs_measures() -> None:
+    sentence = "must have `needs_measures` true or false. Got None instead."
+    assert refusal(NoNeedsMeasures, "dernkit_budgets") == sentence

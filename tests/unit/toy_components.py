@@ -86,6 +86,7 @@ class Weights:
 class Uniform:
     name: ClassVar[str] = "uniform"
     requires: ClassVar[frozenset[str]] = frozenset()
+    needs_measures: ClassVar[bool] = False
 
     def measure(self, bank: Any, scores: Any, stats: Any) -> Any: ...
 
@@ -96,6 +97,7 @@ class Uniform:
 class TopScore:
     name: ClassVar[str] = "top-score"
     requires: ClassVar[frozenset[str]] = frozenset()
+    groups: ClassVar[bool] = False
 
     def select(self, bank: Any, scores: Any, count: Any, stats: Any) -> Any: ...
 
@@ -125,6 +127,7 @@ class OnSample:
 class Affinity:
     name: ClassVar[str] = "affinity"
     requires: ClassVar[frozenset[str]] = frozenset()
+    needs_groups: ClassVar[bool] = False
     similarity: Similarity = Cosine()
     threshold: Annotated[float, Interval(ge=-1, le=1)] = 0.6
     quantile: Annotated[float, Interval(ge=0.0, le=1.0)] | None = None

@@ -1,0 +1,69 @@
+"""Everything that takes part in a run: the recipe's components, those nested in them, and what explains the model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dernkit.components import Component
+from dernkit.recipe import Recipe
+from dernkit.registry import Registry
+
+DECIDING = ("scorer", "budget", "selector", "assigner", "similarity")
+"""Kinds that make plans."""
+ACTING = ("merge", "router")
+"""Kinds that carry them out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A recipe and where its components come from."""
+
+    recipe: Recipe
+    registry: Registry
+    architecture: Component | None
+    """That of the model, where a plugin brings it."""
+
+    def adapters(self) -> list[Any]:
+        """One of every registered adapter."""
+        return [component.cls() for component in self.registry.components("adapter")]
+
+    def components(self) -> list[Component]:
+        """Registered components of everything that the recipe uses, nested ones included, by kind and name."""
+        recipe = self.recipe
+        parts = [*self._named(), ("report", recipe.report)]
+        parts += [("evaluator", evaluator) for evaluator in recipe.evaluators]
+        parts += [("source", recipe.calibrate.source)] if recipe.calibrate else []
+        parts += [("adapter", adapter) for adapter in self.adapters()]
+        used = {self.architecture} if self.architecture else set()
+        while parts:
+            kind, part = parts.pop()
+            component = self.registry.get(kind, part.name)
+            used.add(component)
+            nested = [(option.nested, getattr(part, option.name)) for option in component.options if option.nested]
+            parts += [(kind, inner) for kind, inner in nested if kind and inner is not None]
+        return sorted(used, key=lambda component: (component.kind, component.name))
+
+    def readers(self) -> list[tuple[str, str, frozenset[str]]]:
+        """Kind and name of all that decides and acts, and the statistics that it reads, nested ones' included."""
+        return [(kind, part.name, self.registry.requires(kind, part)) for kind, part in self._named()]
+
+    def versions(self, *kinds: str) -> list[Any]:
+        """What makes a stage's code: dernkit's version and those of the plugins that take part (the model's does)."""
+        taking_part = [c.provenance for c in self.components() if c.kind in (*kinds, "architecture")]
+        return [metadata.version("dernkit"), sorted({f"{p.distribution} {p.version}" for p in taking_part})]
+
+    def origins(self) -> list[dict[str, Any]]:
+        """The components with plugin, version and file, as plain data."""
+        return [
+            asdict(c.provenance) | {"file": Path(c.provenance.file).name, "kind": c.kind, "name": c.name}
+            for c in self.components()
+        ]
+
+    def _named(self) -> list[tuple[str, Any]]:
+        plan, apply = self.recipe.plan, self.recipe.apply
+        parts: list[tuple[str, Any]] = [("scorer", plan.scorer), ("budget", plan.budget), ("selector", plan.selector)]
+        parts += [("assigner", plan.assigner), ("merge", apply.merge), ("router", apply.router)]
+        return [(kind, part) for kind, part in parts if part is not None]
