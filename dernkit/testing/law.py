@@ -53,28 +53,33 @@ class Check:
         return " ".join((self.law.__doc__ or "").split())
 
     def __call__(self, component: Any) -> None:
-        """Raises:
-        ContractError: the component breaks the law; names both, and the input.
+        """Check the law on all inputs.
+
+        Raises:
+            ContractError: the component breaks the law; names both, and the input.
         """
         refusals, accepted = [], 0
+        names = {"law": self.id, "kind": self.kind, "component": _name(component)}
         for given in self.inputs():
             where = f"{self.kind} '{_name(component)}', law {self.id}, {given.what}"
             try:
                 self.law(component, given)
                 accepted += 1
             except Broken as broken:
-                raise ContractError(f"{where}: {broken}") from None
+                raise ContractError(f"{where}: {broken}", **names) from None
             except ContractError as error:
-                raise ContractError(f"{where}: must keep its contract. Got '{error}' instead. Fix it first.") from error
+                said = f"{where}: must keep its contract. Got '{error}' instead. Fix that first."
+                raise ContractError(said, **names) from error
             except DernkitError as error:
                 refusals.append(f"{where}: must work on at least one of the kit's inputs. Got '{error}' instead.")
             except Exception as error:
                 raise ContractError(
                     f"{where}: must not fail. Got {type(error).__name__}: {reason(error)} instead. "
-                    "Handle this input, or refuse it with a CheckpointError or RecipeError that says what must hold."
+                    "Handle this input, or refuse it with a CheckpointError or RecipeError that says what must hold.",
+                    **names,
                 ) from error
         if not accepted:
-            raise ContractError(f"{refusals[0]} Accept what calibration and planning make of a usual model.")
+            raise ContractError(f"{refusals[0]} Accept what calibration and planning make of a usual model.", **names)
 
     def __repr__(self) -> str:
         return self.id

@@ -17,7 +17,7 @@ import torch
 
 from dernkit.api import hookimpl
 from dernkit.binding import Binder
-from dernkit.components import KINDS, component_of, provenance_of
+from dernkit.components import KINDS, Origin, component_of, provenance_of
 from dernkit.document import Document
 from dernkit.errors import ContractError, DernkitError, PluginError
 from dernkit.registry import Registry
@@ -160,7 +160,7 @@ def error_sentences(component: Any, trial: Trial) -> None:
 
 def _described(component: Any) -> Any:
     cls = type(component)
-    return component_of(KINDS[kind_of(component)], cls, provenance_of(cls, "the kit", "local", "0"))
+    return component_of(KINDS[kind_of(component)], cls, provenance_of(cls, Origin("the kit", "local", "0")))
 
 
 def _registry_of(component: Any) -> Registry:

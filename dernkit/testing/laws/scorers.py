@@ -17,17 +17,17 @@ TOLERANCE = 1e-5
 """Of float32 sums in another order, relative to the largest score."""
 
 
-def one_score_per_expert(scorer: Any, case: Case) -> None:
-    """Scores are a float64 tensor [E] on the CPU."""
-    scores = scorer.score(case.bank, case.stats)
-    experts = case.bank.dims.experts
-    shaped = isinstance(scores, Tensor) and scores.shape == (experts,) and scores.dtype == torch.float64
-    require(
-        shaped,
-        f"return a float64 tensor of shape [{experts}]",
-        lambda: f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__,
-        "Sum over all dimensions but that of the experts, in float64.",
-    )
+def shape(scorer: Any, case: Case) -> None:
+    """Scores are a tensor [E], one for each expert."""
+    scores, experts = scorer.score(case.bank, case.stats), case.bank.dims.experts
+    got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    require(got == [experts], f"return a tensor of shape [{experts}]", got, "Sum over all dimensions but the experts'.")
+
+
+def dtype(scorer: Any, case: Case) -> None:
+    """Scores are float64."""
+    found = scorer.score(case.bank, case.stats).dtype
+    require(found == torch.float64, "return float64 scores", found, "Cast statistics and sums to float64.")
 
 
 def expert_permutation(scorer: Any, case: Case) -> None:
@@ -84,7 +84,8 @@ def _close(found: Tensor, expected: Tensor, must: str, fix: str) -> None:
 def laws() -> list[Check]:
     """Of scorers."""
     return [
-        Check("scorer", one_score_per_expert, cases),
+        Check("scorer", shape, cases),
+        Check("scorer", dtype, cases),
         Check("scorer", expert_permutation, unequal),
         Check("scorer", neuron_permutation, unequal),
         Check("scorer", repeated_tokens, unequal),
