@@ -214,6 +214,49 @@ def plugins(as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("plugin", required=False)
+@click.option("--list", "as_list", is_flag=True, help="Print every law, and since which version there is one.")
+def check(plugin: str | None, as_list: bool) -> None:
+    """Hold every component of PLUGIN to the laws of its kind.
+
+    PLUGIN is an installed distribution or entry point, a module, a file, or a folder with a pyproject.toml. Exit code 1
+    if a law is broken.
+    """
+    if as_list == (plugin is not None):
+        raise click.UsageError("PLUGIN or --list: one of them.")
+    from dernkit.testing.kit import all_checks
+    from dernkit.testing.plugin import check_plugin
+
+    if plugin is None:
+        _table(("kind", "law", "since", "which says"), [(c.kind, c.id, c.since, c.sentence) for c in all_checks()])
+        return
+    found = check_plugin(plugin)
+    _table(("component", "kind", "law", ""), [(v.component, v.kind, v.check.id, v.outcome) for v in found.verdicts])
+    for verdict in found.verdicts:
+        if verdict.outcome == "expected":
+            click.echo(f"{verdict.component}, {verdict.check.id}: broken as expected, {verdict.sentence}")
+    for sentence in [*found.unchecked, *(verdict.sentence for verdict in found.broken)]:
+        click.echo(sentence, err=True)
+    click.echo(f"{len(found.broken)} of {len(found.verdicts)} checks failed")
+    if found.broken:
+        sys.exit(1)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Columns as wide as their content, for terminals and pipes alike."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False, highlight=False, emoji=False)
+    console.width = max(console.width, console.measure(table).maximum)
+    console.print(table)
+
+
+@main.command()
 @_RECIPE
 @_SET
 def validate(recipe: Path, overrides: tuple[str, ...]) -> None:

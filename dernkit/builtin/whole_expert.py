@@ -46,7 +46,7 @@ class WholeExpert:
         group, width = retention.group, bank.dims.width
         if group is None:
             raise RecipeError(
-                f"assigner 'whole-expert', layer {bank.dims.layer}: needs a selector that groups experts. "
+                f"assigner 'whole-expert', layer {bank.dims.layer}: must have a selector that groups experts. "
                 "Got experts without groups instead. Set plan.select to one that groups, such as 'dominant-expert'."
             )
         moving = [expert for expert in retention.dropped if group[expert] >= 0]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 VOCABULARY = 96
 _BASE = {
@@ -85,6 +86,17 @@ def save_tiny(folder: Path, family: str, *, fused: bool = False, shard: str = "5
     model = tiny_model(family, **options)
     model.save_pretrained(folder, save_original_format=not fused, max_shard_size=shard)
     return model
+
+
+def tiny_tokenizer() -> Any:
+    """A tokenizer of characters, with the vocabulary of the tiny models."""
+    characters = "\n" + "".join(map(chr, range(32, 127)))
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *characters][:VOCABULARY]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def tokens(sequences: int, length: int, seed: int = 0) -> torch.Tensor:

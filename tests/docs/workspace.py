@@ -12,24 +12,21 @@ import shutil
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from dernkit.testing.checkpoints import VOCABULARY, save_tiny
+from dernkit.testing.checkpoints import save_tiny, tiny_tokenizer
 from dernkit.testing.quantised import quantise_fp8
 from tests.docs.markdown import ROOT
 
 TESTBEDS = ROOT / "benchmarks/testbeds"
 BUNDLED = TESTBEDS / "mixtral/model"
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 def make(folder: Path) -> None:
     """Fill an empty folder."""
     save_tiny(folder / "my-moe", "mixtral", dtype=None)
-    _tokenizer().save_pretrained(folder / "my-moe")
+    tiny_tokenizer().save_pretrained(folder / "my-moe")
     save_tiny(folder / "my-fp8-moe", "mixtral", dtype=torch.bfloat16)
-    _tokenizer().save_pretrained(folder / "my-fp8-moe")
+    tiny_tokenizer().save_pretrained(folder / "my-fp8-moe")
     quantise_fp8(folder / "my-fp8-moe", 8, 8)
     text = (TESTBEDS / "calibration.txt").read_text(encoding="utf-8")
     (folder / "my-text.txt").write_text(text[:20_000], encoding="utf-8")
@@ -48,13 +45,3 @@ def _testbeds(folder: Path) -> None:
     shutil.copyfile(TESTBEDS / "calibration.txt", folder / "calibration.txt")
     for text in (TESTBEDS / "heldout").glob("*.txt"):
         (folder / "heldout" / text.name).write_text(text.read_text(encoding="utf-8")[:4000], encoding="utf-8")
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    characters = "\n" + "".join(map(chr, range(32, 127)))
-    words = [*SPECIAL, *characters][:VOCABULARY]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
