@@ -46,6 +46,9 @@ LAWS = {
 ATTRIBUTES = {
     "name": "the recipe's word for it",
     "requires": "a frozenset of [statistics](components.md#statistics) that it reads, and the only ones that it sees",
+    "needs_measures": "whether its counts follow from measures of all layers, not from `keep` and the limits alone",
+    "groups": "whether what it returns says which experts belong together",
+    "needs_groups": "whether it carries out the groups of a selector, and needs one that makes some",
     "widens": "whether experts may become wider than they are",
     "filename": "name of the document in the run directory",
 }
