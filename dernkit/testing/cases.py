@@ -13,10 +13,12 @@ from torch import Tensor
 
 from dernkit.kernel.selection import limits
 from dernkit.kernel.statistics import Accumulator
-from dernkit.testing.banks import copy_expert, random_bank, retained
-from dernkit.types import STATISTICS, Assignment, ExpertBank, LayerPlan, LayerStats, Pool, Retention
+from dernkit.testing.banks import copy_expert, random_bank, retained, softmax_route
+from dernkit.types import STATISTICS, Assignment, ExpertBank, LayerPlan, LayerStats, Pool, Retention, Route
 
 TOKENS = 48
+_SEEN: dict[str, LayerStats] = {}
+"""Statistics of the cases that were built: those take the time. Each case gets copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +61,20 @@ def case(
     for expert in dead:
         bank.up[expert, :2], bank.down[expert, :, :2] = 0, 0
     bank = replace(bank, **(changes or {}))
+    key = repr((what, experts, tuple(dead), twins, sorted(changes or {}), seed, sorted(options.items(), key=str)))
+    if key not in _SEEN:
+        _SEEN[key] = statistics(bank, dead, seed)
+    seen = _SEEN[key]
+    stats = replace(seen, values={name: value.clone() for name, value in seen.values.items()})
     scores = 0.1 + torch.rand(experts, generator=_rng(seed + 1), dtype=torch.float64)
     has_ties = bool(dead) or twins
-    return Case(what, bank, statistics(bank, dead, seed), scores, torch.tensor(kept), has_ties)
+    return Case(what, bank, stats, scores, torch.tensor(kept), has_ties)
 
 
 def statistics(bank: ExpertBank, dead: Sequence[int] = (), seed: int = 0) -> LayerStats:
     """All statistics of random inputs routed by the bank itself; all tokens are sampled."""
     inputs = torch.randn(TOKENS, bank.dims.hidden, generator=_rng(seed + 2))
-    route = random_bank_route(bank)
+    route = _route_of(bank)
     alive = torch.tensor([expert for expert in range(bank.dims.experts) if expert not in dead])
     routing = route(inputs, alive if dead else None)
     names = frozenset(STATISTICS)
@@ -76,10 +83,8 @@ def statistics(bank: ExpertBank, dead: Sequence[int] = (), seed: int = 0) -> Lay
     return accumulator.stats()
 
 
-def random_bank_route(bank: ExpertBank) -> Any:
+def _route_of(bank: ExpertBank) -> Route:
     """The bank's own routing, also where the case hides it."""
-    from dernkit.testing.banks import softmax_route
-
     return bank.route or softmax_route(bank.router, bank.dims.top_k)
 
 
@@ -185,12 +190,7 @@ def pool_of(found: Case, donors: Sequence[int], every: int = 1) -> Pool:
 
 def layers(build: Callable[..., Case]) -> list[Case]:
     """Three layers of the same make, each with weights of its own."""
-    return [replace_layer(build(seed=17 * number), number) for number in range(3)]
-
-
-def replace_layer(found: Case, layer: int) -> Case:
-    """The same experts in another layer."""
-    return replace(found, bank=replace(found.bank, dims=replace(found.bank.dims, layer=layer)))
+    return [build(seed=17 * number, layer=number) for number in range(3)]
 
 
 def limits_of(found: Sequence[Case]) -> list[Any]:

@@ -91,9 +91,10 @@ def determinism(component: Any, trial: Trial) -> None:
 
 def global_randomness(component: Any, trial: Trial) -> None:
     """The global random generators of torch, numpy and Python are where they were."""
+    arguments = trial.make()
     with seeded(0):
         before = random_states()
-        call(kind_of(component), component, trial.make())
+        call(kind_of(component), component, arguments)
         moved = [name for name, state in random_states().items() if state != before[name]]
     require(
         not moved,

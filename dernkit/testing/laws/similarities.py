@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dernkit.testing.banks import copy_expert, permute_neurons
-from dernkit.testing.cases import Case, cases, different, inverse, neuron_order, statistics, unequal
+from dernkit.testing.cases import Case, cases, different, inverse, neuron_order, unequal
 from dernkit.testing.law import Check, require
 
 TOLERANCE = 1e-4
@@ -108,11 +108,14 @@ def _match(similarity: Any, case: Case) -> Any:
 
 
 def _copied(case: Case) -> tuple[tuple[Any, ...], Tensor]:
-    """The first dropped expert as a copy of the first kept one, with the statistics and router row that it then has."""
+    """The first dropped expert as a copy of the first kept one, with its router row and statistics."""
     order, kept, dropped = neuron_order(case.bank.dims.width), int(case.kept[0]), case.dropped[0]
     bank = copy_expert(case.bank, kept, dropped, order)
     bank.router[dropped] = bank.router[kept]
-    return (bank, dropped, case.kept, statistics(bank)), order
+    for name, value in case.stats.values.items():
+        if "sample" not in name:
+            value[dropped] = value[kept]
+    return (bank, dropped, case.kept, case.stats), order
 
 
 def _close(found: Tensor, expected: Tensor, must: str) -> None:
