@@ -111,6 +111,7 @@ class _Ungrouped:
         return self.inner.uneven()
 
     def replace(self, compressed: CompressedLayer) -> None:
+        self.inner = copy.copy(self.inner)  # whoever else holds it remembers its sizes
         self.inner.replace(compressed)
         self.dims = replace(self.inner.dims, groups=1, top_k_groups=1)
         for path, names in self.attributes.items():

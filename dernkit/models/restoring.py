@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,8 @@ def compressed(model: Any, block: Block, layer: CompressedLayer) -> Iterator[Non
         try:
             for field, value in fields.items():
                 set_field(model.config, field, value)
-            _replace(model.get_submodule(block.path), block, layer)
+            # A copy of the block: surgery changes the sizes that it remembers.
+            _replace(model.get_submodule(block.path), copy.copy(block), layer)
             yield
         finally:
             for field, value in before.items():
