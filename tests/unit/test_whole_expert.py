@@ -110,8 +110,8 @@ def test_experts_without_groups_are_refused() -> None:
     with pytest.raises(RecipeError) as caught:
         WholeExpert().assign(BANK, retained(BANK, [1, 3]), NONE)
     assert str(caught.value) == (
-        "assigner 'whole-expert', layer 7: must have a selector that groups experts. Got experts without groups instead. "
-        "Set plan.select to 'dominant-expert' or 'pseudo-pruning'."
+        "assigner 'whole-expert', layer 7: must have a selector that groups experts. "
+        "Got experts without groups instead. Set plan.select to 'dominant-expert' or 'pseudo-pruning'."
     )
 
 

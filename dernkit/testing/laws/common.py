@@ -120,7 +120,9 @@ def only_declared_statistics(component: Any, trial: Trial) -> None:
     try:
         declared = snapshot(call(kind, component, restricted(trial.make(), component.requires)))
     except (ContractError, KeyError, TypeError) as error:
-        raise Broken(f"must read the statistics that it requires. Got {error} instead. Name it in `requires`.") from None
+        raise Broken(
+            f"must read the statistics that it requires. Got {error} instead. Name it in `requires`."
+        ) from None
     place = first_difference(everything, declared)
     require(
         place is None,

@@ -46,7 +46,9 @@ def in_range(source: Any, given: Made) -> None:
     """Tokens are ids of the tokenizer's vocabulary."""
     found, size = _tokens(source), len(_tokenizer())
     legal = bool(((found >= 0) & (found < size)).all())
-    require(legal, f"return ids from 0 to {size - 1}", f"{int(found.min())} to {int(found.max())}", "Use the tokenizer.")
+    require(
+        legal, f"return ids from 0 to {size - 1}", f"{int(found.min())} to {int(found.max())}", "Use the tokenizer."
+    )
 
 
 def too_short(source: Any, given: Made) -> None:
@@ -65,7 +67,9 @@ def named_numbers(evaluator: Any, given: Made) -> None:
     named = isinstance(found, Mapping) and len(found) > 0 and all(isinstance(name, str) and name for name in found)
     require(named, "return a mapping of names to numbers", repr(found)[:80], "Name every metric.")
     wrong = [name for name, value in found.items() if isinstance(value, bool) or not _finite(value)]
-    require(not wrong, "return finite numbers", lambda: f"{found[wrong[0]]!r} for {wrong[0]}", "Leave it out, or fix it.")
+    require(
+        not wrong, "return finite numbers", lambda: f"{found[wrong[0]]!r} for {wrong[0]}", "Leave it out, or fix it."
+    )
 
 
 def text(report: Any, given: Made) -> None:
@@ -94,10 +98,14 @@ def blocks_round_trip(adapter: Any, given: Made) -> None:
         block.check()
         dims, bank = block.dims, block.bank()
         everyone = torch.arange(dims.experts)
-        plan = LayerPlan(dims.layer, dims.experts, dims.width, torch.ones(dims.experts).double(), everyone, Assignment.empty())
+        plan = LayerPlan(
+            dims.layer, dims.experts, dims.width, torch.ones(dims.experts).double(), everyone, Assignment.empty()
+        )
         before, after = block.tensors(), block.resized(compress_layer(bank, plan, None, Slice(), dims.width, 0))
         changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
-        require(not changed, "give back what it read", lambda changed=changed: f"another {changed[0]}", "Fix `resized`.")
+        require(
+            not changed, "give back what it read", lambda changed=changed: f"another {changed[0]}", "Fix `resized`."
+        )
 
 
 def model_type(architecture: Any, given: Made) -> None:
