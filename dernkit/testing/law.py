@@ -1,4 +1,4 @@
-"""What a law is: a sentence with an id that every component of a kind keeps, and the inputs on which that is checked."""
+"""What a law is: a sentence with an id that all components of a kind keep, and inputs on which that is checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dernkit.sentences import reason
 from dernkit.shapes import plain
 
 
-class Broken(Exception):
+class Broken(Exception):  # noqa: N818  (it is no error of the kit)
     """Raised by a law: *must hold. Got X instead. Fix.*, without saying where."""
 
 
@@ -59,7 +59,7 @@ class Check:
             ContractError: the component breaks the law; names both, and the input.
         """
         refusals, accepted = [], 0
-        names = {"law": self.id, "kind": self.kind, "component": _name(component)}
+        names: dict[str, Any] = {"law": self.id, "kind": self.kind, "component": _name(component)}
         for given in self.inputs():
             where = f"{self.kind} '{_name(component)}', law {self.id}, {given.what}"
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 import tempfile
@@ -27,9 +28,13 @@ def subject() -> Subject:
     return Subject(tiny_model("mixtral", num_hidden_layers=2), tiny_tokenizer(), Path(NAME))
 
 
-@functools.cache
 def facts() -> dict[str, Any]:
-    """What reports are given: a run that prunes, evaluated before and after."""
+    """What reports are given: a run that prunes, evaluated before and after. A copy at each call."""
+    return copy.deepcopy(_facts())
+
+
+@functools.cache
+def _facts() -> dict[str, Any]:
     registry = Registry.load(entry_points=False)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)

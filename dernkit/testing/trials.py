@@ -129,10 +129,11 @@ def trials(kind: str) -> list[Trial]:
     """Calls of a layer kind on all cases, and on one whose routing is not known."""
     hidden = partial(cases.case, "a routing that cannot be repeated", changes={"route": None})
     found = []
-    for build in (*CASES, hidden):
+    builds: list[Callable[..., Case]] = [*CASES, hidden]
+    for build in builds:
         made = partial(_made, kind, build)
-        for number in range(len(made())):
-            found.append(Trial(str(build.args[0]), partial(_nth, made, number)))  # type: ignore[attr-defined]
+        what = build.args[0]  # type: ignore[attr-defined]
+        found += [Trial(what, partial(_nth, made, number)) for number in range(len(made()))]
     return found
 
 

@@ -32,7 +32,7 @@ def move_columns(assigner: Any, given: Given) -> None:
         typed = column.is_floating_point() if name == "affinity" else column.dtype == torch.int64
         require(
             typed and column.shape == (len(moves.source),) and column.device.type == "cpu",
-            f"return {name} as {'floating' if name == 'affinity' else 'int64'} CPU tensor of shape [{len(moves.source)}]",
+            f"return {name} as {'floating' if name == 'affinity' else 'int64'} [{len(moves.source)}] on the CPU",
             f"{column.dtype} {list(column.shape)}",
             "Make the columns of an Assignment equally long.",
         )

@@ -15,6 +15,9 @@ from dernkit.testing.cases import CASES, Case, expert_order, layers, limits_of
 from dernkit.testing.law import Check, require
 from dernkit.testing.trials import allocated
 
+Parts = tuple[Sequence[Any], ...]
+"""Banks, scores and statistics of all layers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Given:
@@ -67,8 +70,8 @@ def layer_order(budget: Any, given: Given) -> None:
 
 def expert_permutation(budget: Any, given: Given) -> None:
     """Experts in another order change no count."""
-    turned = [_turned(case) for case in given.stack]
-    counts, other = (_count_all(budget, *each, given) for each in (_parts(given.stack), zip(*turned, strict=True)))
+    turned: Parts = tuple(zip(*(_turned(case) for case in given.stack), strict=True))
+    counts, other = (_allocated(budget, each, given.keep, given.stack) for each in (_parts(given.stack), turned))
     require(other == counts, "give the same counts in any order of the experts", f"{other} for {counts}", "Sort.")
 
 
@@ -77,16 +80,17 @@ def _turned(case: Case) -> tuple[Any, ...]:
     return permute_experts(case.bank, order), case.scores[order], permute_stats(case.stats, order)
 
 
-def _parts(stack: Sequence[Case]) -> tuple[list[Any], ...]:
+def _parts(stack: Sequence[Case]) -> Parts:
     return tuple([getattr(case, name) for case in stack] for name in ("bank", "scores", "stats"))
 
 
-def _count_all(budget: Any, banks: Any, scores: Any, stats: Any, given: Given) -> list[int]:
-    return list(allocated(budget, banks, scores, stats, given.keep, limits_of(given.stack))[1])
+def _allocated(budget: Any, parts: Parts, keep: int | float, stack: Sequence[Case]) -> list[int]:
+    banks, scores, stats = parts
+    return list(allocated(budget, banks, scores, stats, keep, limits_of(stack))[1])
 
 
 def _counts(budget: Any, stack: Sequence[Case], keep: int | float) -> list[int]:
-    return list(allocated(budget, *_parts(stack), keep, limits_of(stack))[1])
+    return _allocated(budget, _parts(stack), keep, stack)
 
 
 def _stacks(builds: Sequence[Callable[..., Case]]) -> list[Given]:
