@@ -15,7 +15,6 @@ from dernkit.testing.cases import CASES, Case, expert_order, layers, limits_of
 from dernkit.testing.law import Check, require
 from dernkit.testing.trials import allocated
 
-
 Parts = tuple[Sequence[Any], ...]
 """Banks, scores and statistics of all layers."""
 
