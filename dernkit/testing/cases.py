@@ -1,4 +1,4 @@
-"""The layers on which the kit checks laws: small, of every shape that models have, with statistics of a real routing."""
+"""The layers on which the kit checks laws: small, of every shape that models have, with a real routing's statistics."""
 
 from __future__ import annotations
 
