@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dernkit import listing
 from dernkit.errors import CheckpointError, DernkitError, RecipeError
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def inspect(model: str, as_json: bool, explain: bool, trust_remote_code: bool) -
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
-    for label, value in _facts(facts):
+    for label, value in listing.facts_in_words(facts):
         click.echo(f"{label:<16} {value}")
 
 
@@ -142,65 +143,12 @@ def _explain(path: Path, adapters: list[Any], trust_remote_code: bool) -> None:
         sys.exit(2)
 
 
-def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    share = facts["expert_bytes"] / facts["bytes"]
-    groups = "none"
-    if facts["groups"] > 1:
-        groups = f"{facts['groups']}, a token uses {facts['top_k_groups']}; keep a multiple of {facts['groups']}"
-    quantisation = [("quantisation", f"{facts['quantisation']}, read as bf16")] if facts["quantisation"] else []
-    mtp = f"{facts['mtp_bytes']:,} bytes, experts in {', '.join(facts['mtp_layers']) or 'none of them'}"
-    return [
-        ("family", facts["family"]),
-        ("MoE layers", f"{facts['moe_layers']} (decoder layers {_ranges(facts['layers'])})"),
-        *([("MTP layers", mtp)] if facts["mtp_bytes"] else []),
-        ("experts", f"{_spread(facts['experts_by_layer'])} per layer, top-{facts['top_k']}"),
-        ("router", facts["router"]),
-        ("groups", groups),
-        ("width", f"{facts['width']} (hidden {facts['hidden']})"),
-        ("new width", facts["new_width"]),
-        ("smallest keep", f"{facts['smallest_keep']} of {facts['experts']} experts"),
-        *quantisation,
-        ("parameters", f"{facts['parameters']:,}"),
-        ("bytes", f"{facts['bytes']:,} in {facts['shards']} file(s), {', '.join(facts['dtypes'])}"),
-        ("in experts", f"{facts['expert_bytes']:,} bytes ({share:.1%})"),
-        ("can", facts["can"]),
-    ]
-
-
-def _spread(counts: list[int]) -> str:
-    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """1, 2, 3, 5 as ``1 to 3, 5``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
-
-
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plugins(as_json: bool) -> None:
     """List every component that a recipe can name, and where it comes from."""
     registry = _registry()
-    rows = [
-        {
-            "kind": component.kind,
-            "name": component.name,
-            "plugin": component.provenance.plugin,
-            "distribution": component.provenance.distribution,
-            "version": component.provenance.version,
-            "file": component.provenance.file,
-            "line": component.provenance.line,
-            "source": f"{Path(component.provenance.file).name}:{component.provenance.line}",
-            "summary": component.summary,
-        }
-        for component in registry.components()
-    ]
+    rows = [listing.row(component) for component in registry.components()]
     if as_json:
         click.echo(json.dumps({"components": rows, "problems": [str(p) for p in registry.problems]}, indent=1))
     else:
@@ -228,10 +176,14 @@ def check(plugin: str | None, as_list: bool) -> None:
     from dernkit.testing.plugin import check_plugin
 
     if plugin is None:
-        _table(("kind", "law", "since", "which says"), [(c.kind, c.id, c.since, c.sentence) for c in all_checks()])
+        listing.table(
+            ("kind", "law", "since", "which says"), [(c.kind, c.id, c.since, c.sentence) for c in all_checks()]
+        )
         return
     found = check_plugin(plugin)
-    _table(("component", "kind", "law", ""), [(v.component, v.kind, v.check.id, v.outcome) for v in found.verdicts])
+    listing.table(
+        ("component", "kind", "law", ""), [(v.component, v.kind, v.check.id, v.outcome) for v in found.verdicts]
+    )
     for verdict in found.verdicts:
         if verdict.outcome == "expected":
             click.echo(f"{verdict.component}, {verdict.check.id}: broken as expected, {verdict.sentence}")
@@ -240,20 +192,6 @@ def check(plugin: str | None, as_list: bool) -> None:
     click.echo(f"{len(found.broken)} of {len(found.verdicts)} checks failed")
     if found.broken:
         sys.exit(1)
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Columns as wide as their content, for terminals and pipes alike."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(markup=False, highlight=False, emoji=False)
-    console.width = max(console.width, console.measure(table).maximum)
-    console.print(table)
 
 
 @main.command()
