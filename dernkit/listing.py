@@ -67,7 +67,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Columns as wide as their content, for terminals and pipes alike."""
+    """Wrapped on a terminal; elsewhere a row is a line, for tools that search lines."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -76,5 +76,6 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     for row in rows:
         shown.add_row(*row)
     console = Console(markup=False, highlight=False, emoji=False)
-    console.width = max(console.width, console.measure(shown).maximum)
+    if not console.is_terminal:
+        console.width = 10_000
     console.print(shown)
