@@ -302,7 +302,7 @@ def test_one_decoder_layer_is_in_memory(folder: Path, registry: Registry, monkey
 def test_a_model_in_memory_is_as_before_when_a_component_fails(folder: Path, registry: Registry, family: str):
     """In a later layer, when the earlier ones have been compressed for it; no thread is left."""
     saved(folder, family)
-    live, threads = load(family, folder), threading.active_count()
+    live, threads = load(family, folder), set(threading.enumerate())
     before, config = {name: tensor.clone() for name, tensor in live.state_dict().items()}, live.config.to_dict()
     bound = dern(registry)
     scorer = bound.plan.scorer
@@ -320,5 +320,5 @@ def test_a_model_in_memory_is_as_before_when_a_component_fails(folder: Path, reg
     after = live.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     assert live.config.to_dict() == config
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     assert_same_plans(dernkit.compress(live, bound, BATCHES, registry=registry), streamed(folder, bound)[1])

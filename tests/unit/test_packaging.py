@@ -54,7 +54,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_everything_that_is_imported_is_declared() -> None:
     foreign = imported() - set(sys.stdlib_module_names) - {"dernkit", "__future__"}
-    optional = modules([Requirement(text) for text in EXTRAS["eval"]])
+    optional = modules([Requirement(text) for extra in ("eval", "test") for text in EXTRAS[extra]])
     assert foreign - modules(NEEDED) <= optional
 
 
