@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dernkit.errors import CheckpointError
-from dernkit.models.layout import Layout
-from dernkit.models.rerouting import router_submodule
+from dernkit.models.rerouting import Routable, router_submodule
 from dernkit.models.router_kind import router_kind
 from dernkit.models.stubs import stubbed
 from dernkit.sentences import reason
@@ -25,23 +24,12 @@ NOT_RUN = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
 """What code raises that does not fit to what it is called with."""
 
 
-class _Block(Protocol):
-    path: str
-    dims: LayerDims
-    module: Any
-    layout: Layout
-    router_name: str
-    per_expert_dims: dict[str, int]
-    tables: tuple[str, ...]
-
+class _Block(Routable, Protocol):
     @property
     def hidden(self) -> int: ...
 
     @property
     def experts(self) -> Any: ...
-
-    @property
-    def experts_below(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
