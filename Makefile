@@ -79,8 +79,8 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	@echo "Installing dernkit with its extras eval and dev into $(VENV)"
-	@$(INSTALL) --quiet -e '.[eval,dev]'
+	@echo "Installing dernkit with its extras compare and dev into $(VENV)"
+	@$(INSTALL) --quiet -e '.[compare,dev]'
 	@touch $@
 
 $(CLIENTS_VENV)/.made: tests/clients/requirements.txt

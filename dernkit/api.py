@@ -8,7 +8,7 @@ reads; calibration collects the union of what a recipe's components need, and no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dernkit.errors import CheckpointError, ContractError, DernkitError, PluginError, RecipeError
 from dernkit.model_api import Adapter, Architecture, Block
+from dernkit.observations import Observations
 from dernkit.types import (
     STATISTICS,
     Assignment,
@@ -54,6 +55,8 @@ __all__ = [
     "LayerStats",
     "Match",
     "Merge",
+    "Observations",
+    "Observing",
     "Pairwise",
     "PluginError",
     "Pool",
@@ -271,6 +274,8 @@ class Subject:
     model: Any
     tokenizer: Any
     path: Path
+    original: Callable[[], Subject] | None = None
+    """Gives the model that this one was made from (loaded at the first call); None: this is the original itself."""
 
 
 @runtime_checkable
@@ -281,6 +286,18 @@ class Evaluator(Protocol):
 
     def evaluate(self, subject: Subject) -> Mapping[str, float]:
         """Metric name -> value. Names are stable, so that two models' results can be put side by side."""
+        ...
+
+
+@runtime_checkable
+class Observing(Protocol):
+    """An evaluator that can say what it measured on each document, which is what error bars are made from.
+
+    Not a kind of its own: where an evaluator class has `observe` as well, `dernkit compare` pairs its documents.
+    """
+
+    def observe(self, subject: Subject) -> Mapping[str, Observations]:
+        """Metric name -> what was measured on each document; the same documents in the same order for every model."""
         ...
 
 

@@ -318,6 +318,7 @@ class Run:
                         what=name,
                         adapters=self._parts.adapters(),
                         trust_remote_code=self.trust_remote_code,
+                        original=None if name == "before" else self.path,
                     )
             self._place.write(EVAL, json.dumps({"key": key, "before_key": before_key, **results}, indent=1) + "\n")
 

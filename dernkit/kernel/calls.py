@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
@@ -20,6 +21,8 @@ from dernkit.api import (
     KeepLimits,
     Match,
     Merge,
+    Observations,
+    Observing,
     Report,
     Router,
     Scorer,
@@ -201,6 +204,22 @@ def evaluate(evaluator: Evaluator, subject: Subject) -> dict[str, float]:
         call.instance(name, "a metric's name", str)
         if not isinstance(value, int | float):
             raise call.broken("type", f"metric '{name}' must be a number", described(value))
+    return found
+
+
+def observe(evaluator: Observing, subject: Subject) -> dict[str, Observations]:
+    """Metric -> what was measured on each document."""
+    call = Call("evaluator", evaluator)
+    found = dict(call.instance(call("observe", subject=subject), "observe", Mapping))
+    for name, seen in found.items():
+        call.instance(name, "a metric's name", str)
+        call.instance(seen, f"metric '{name}'", Observations)
+        sizes = {len(seen.documents), len(seen.groups), len(seen.values), len(seen.weights)}
+        if len(sizes) > 1 or not seen.documents or len(set(seen.documents)) < len(seen.documents):
+            must = f"metric '{name}' must have a different name, a group, a value and a weight for each document"
+            raise call.broken("shape", must, f"{sorted(sizes)} of them, {len(set(seen.documents))} names")
+        if not np.isfinite(seen.values).all() or not (seen.weights > 0).all():
+            raise call.broken("finite", f"metric '{name}' must have finite values and weights above 0", "others")
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -51,12 +53,16 @@ def evaluate(
     what: str,
     adapters: Sequence[Adapter] = (),
     trust_remote_code: bool = False,
+    original: Path | None = None,
 ) -> dict[str, Mapping[str, float]]:
-    """``position:name`` of each evaluator -> its metrics."""
+    """``position:name`` of each evaluator -> its metrics; ``original``: the model that this one was made from."""
     results: dict[str, Mapping[str, float]] = {}
     if not evaluators:
         return results
     subject = load_subject(path, adapters, trust_remote_code=trust_remote_code)
+    if original is not None:
+        load = functools.partial(load_subject, original, adapters, trust_remote_code=trust_remote_code)
+        subject = replace(subject, original=functools.cache(load))
     with progress.track(f"evaluate {what}", len(evaluators), "evaluators") as tracker:
         for position, evaluator in enumerate(evaluators):
             results[f"{position}:{evaluator.name}"] = _measured(evaluator, subject)
