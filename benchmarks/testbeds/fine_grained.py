@@ -9,8 +9,6 @@ optimizer and the losses on routing are those of `benchmarks.testbeds.mixtral`.
 import argparse
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from benchmarks.testbeds.corpus import HERE, load_splits
 from benchmarks.testbeds.mixtral.data import SPECIAL, WindowSampler, load_streams, train_tokenizer
 from benchmarks.testbeds.mixtral.recipe import routing_losses, token_loss
 from benchmarks.testbeds.mixtral.run_state import learning_rate, make_optimizer, save_model
+from benchmarks.testbeds.routing import measure, report, router_logits
 
 VOCABULARY = 4096
 COMMON: dict[str, Any] = {
@@ -79,19 +78,6 @@ TESTBEDS: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {
         ),
     ),
 }
-
-
-@contextmanager
-def router_logits(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """A list that every forward fills with the logits of each router, layer by layer."""
-    seen: list[Tensor] = []
-    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
-    handles = [router.register_forward_hook(lambda _, args, output: seen.append(output[0])) for router in routers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def build(name: str, seed: int) -> Any:
@@ -193,9 +179,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
     save_model(model, tokenizer, args.out / "model")
     saved_model = AutoModelForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)
-    for split in splits:
-        loss, shares = measured(saved_model, tokenizer, split.heldout, 100)
-        print(f"{split.domain}: {loss:.3f} nats/token, least share {float(shares.min()):.4f}", flush=True)
+    print(report({split.domain: measure(saved_model, tokenizer, split.heldout) for split in splits}), flush=True)
 
 
 if __name__ == "__main__":

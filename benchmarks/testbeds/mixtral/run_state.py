@@ -10,7 +10,6 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.testbeds.corpus import load_splits
-from benchmarks.testbeds.mixtral.check_routing import measure
 from benchmarks.testbeds.mixtral.data import train_tokenizer
 from benchmarks.testbeds.mixtral.recipe import (
     build,
@@ -20,6 +19,7 @@ from benchmarks.testbeds.mixtral.recipe import (
     token_loss,
     upcycle,
 )
+from benchmarks.testbeds.routing import measure
 
 
 def learning_rate(args: argparse.Namespace, progress: float, phase_start: float) -> float:

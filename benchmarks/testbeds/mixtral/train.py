@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.testbeds.corpus import HERE
-from benchmarks.testbeds.mixtral.check_routing import measure, report
 from benchmarks.testbeds.mixtral.data import WindowSampler, load_streams
 from benchmarks.testbeds.mixtral.run_state import Run, learning_rate, save_model
+from benchmarks.testbeds.routing import measure, report
 
 
 def parse_args() -> argparse.Namespace:

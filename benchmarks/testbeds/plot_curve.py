@@ -1,6 +1,6 @@
 """Plot a training run's ``curve.jsonl``: losses over tokens, and each layer's least-used expert.
 
-python -m benchmarks.testbeds.mixtral.plot_curve CURVE.jsonl CURVE.png
+python -m benchmarks.testbeds.plot_curve CURVE.jsonl CURVE.png
 """
 
 import argparse
@@ -28,20 +28,20 @@ def plot(rows: list[dict], out: Path) -> None:
         label="held-out, mean over domains",
     )
     upper.set_ylabel("loss (nats/token)")
-    rate = upper.twinx()
-    rate.plot(millions, [row["lr"] for row in rows], color="tab:gray", linestyle=":", label="learning rate")
-    rate.set_ylabel("learning rate (dotted)")
+    if "lr" in rows[0]:
+        rate = upper.twinx()
+        rate.plot(millions, [row["lr"] for row in rows], color="tab:gray", linestyle=":", label="learning rate")
+        rate.set_ylabel("learning rate (dotted)")
     upper.legend(loc="upper right")
-    sparse = [row for row in rows if row["experts"] > 1]
+    sparse = [row for row in rows if row.get("experts", 2) > 1]
     for layer in range(len(rows[-1]["min_share"])):
         shares = [100 * row["min_share"][layer] for row in sparse]
         lower.plot([row["tokens"] / 1e6 for row in sparse], shares, linewidth=0.8, label=f"layer {layer}")
-    if sparse:
+    if len(sparse) < len(rows):
         for axes in (upper, lower):
             axes.axvline(sparse[0]["tokens"] / 1e6, color="black", linestyle="--", linewidth=0.8)
         upper.annotate(" upcycled", (sparse[0]["tokens"] / 1e6, upper.get_ylim()[1]), va="top")
-        lower.axhline(100 / 8, color="tab:gray", linestyle=":", linewidth=0.8)
-        lower.legend(loc="center left")
+    lower.legend(loc="center left")
     lower.set_ylim(bottom=0)
     lower.set_ylabel("least-used expert\n(% of assignments)")
     lower.set_xlabel("training tokens (millions)")

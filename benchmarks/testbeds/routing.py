@@ -1,16 +1,31 @@
 """Per-layer expert shares and per-domain loss of a testbed checkpoint.
 
-python -m benchmarks.testbeds.mixtral.check_routing MODEL_DIR --text FILE_OR_FOLDER [...]
+python -m benchmarks.testbeds.routing MODEL_DIR --text FILE_OR_FOLDER [...]
 """
 
 import argparse
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+
+@contextmanager
+def router_logits(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """A list that every forward fills with the logits of each router, layer by layer."""
+    seen: list[torch.Tensor] = []
+    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    handles = [router.register_forward_hook(lambda _, args, output: seen.append(output[0])) for router in routers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass
@@ -20,7 +35,7 @@ class Measurement:
     nats: float
     tokens: int
     utf8_bytes: int
-    assignments: torch.Tensor  # (layers, experts): how often each expert was chosen
+    assignments: torch.Tensor  # (MoE layers, experts): how often each expert was chosen
 
     @property
     def loss(self) -> float:
@@ -60,8 +75,7 @@ def measure(
     model.eval()
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     windows = list(ids.split(seq_len - 1))[:limit_windows]
-    config = model.config
-    counts = torch.zeros(config.num_hidden_layers, config.num_local_experts)
+    counts: dict[int, torch.Tensor] = {}
     nats, tokens = 0.0, 0
     for start in range(0, len(windows), batch):
         group = windows[start : start + batch]
@@ -70,16 +84,17 @@ def measure(
                 continue
             targets = torch.stack(same)
             inputs = functional.pad(targets, (1, 0), value=tokenizer.bos_token_id)[:, :-1]
-            output = model.model(input_ids=inputs, output_router_logits=True, use_cache=False)
-            logits = model.lm_head(output.last_hidden_state).float()
+            with router_logits(model) as routed:
+                logits = model(input_ids=inputs, use_cache=False).logits.float()
             nats += functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
             tokens += targets.numel()
-            for layer, router in enumerate(output.router_logits):
-                chosen = router.float().topk(config.num_experts_per_tok, dim=-1).indices
-                counts[layer] += torch.bincount(chosen.flatten(), minlength=config.num_local_experts)
+            for layer, router in enumerate(routed):
+                chosen = router.flatten(0, -2).float().topk(model.config.num_experts_per_tok, dim=-1).indices
+                found = torch.bincount(chosen.flatten(), minlength=router.shape[-1])
+                counts[layer] = counts.get(layer, 0) + found
     model.train(was_training)
     kept = text if limit_windows is None else tokenizer.decode(torch.cat(windows))
-    return Measurement(nats, tokens, len(kept.encode("utf-8")), counts)
+    return Measurement(nats, tokens, len(kept.encode("utf-8")), torch.stack(list(counts.values())).float())
 
 
 def text_files(paths: list[Path]) -> list[Path]:
