@@ -12,11 +12,13 @@ TRANSFORMERS4_VENV ?= .venv-transformers4
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-all record-families test-slow test-clients record-clients lint clean clean-venv
+.PHONY: help demo bench bench-quick test test-all record-families test-slow test-clients record-clients lint clean clean-venv
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo            compress the bundled model with every recipe and print the results side by side"
+	@echo "make bench-quick     compare the main methods on two bundled models (ten minutes), with a report to look at"
+	@echo "make bench           everything in benchmarks/results and the figures of the pages made from it (hours)"
 	@echo "make test            lint, then all tests but the slow ones, on a dozen model families"
 	@echo "make test-all        the same for every model family (half an hour)"
 	@echo "make record-families the laws on every model family, and writes docs/reference/architectures.md"
@@ -34,6 +36,23 @@ test test-all record-families test-slow test-clients record-clients: export OMP_
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo.py
+
+# Plugins that take part in comparisons lie outside the environment: the tests must not see them.
+bench bench-quick: export PYTHONPATH = runs/plugins
+bench bench-quick: export HF_HUB_DISABLE_PROGRESS_BARS = 1
+COMPARE = $(BIN)/dernkit compare --jobs $(WORKERS)
+
+bench-quick: $(VENV)/.bench
+	$(COMPARE) benchmarks/comparisons/quick.yaml --out runs/bench-quick
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.testbeds.smol --out runs/testbeds/smol
+	$(BIN)/dernkit tasks prepare --out runs/tasks
+	$(COMPARE) benchmarks/comparisons/methods.yaml --out benchmarks/results/methods
+	$(COMPARE) benchmarks/comparisons/claims.yaml --out benchmarks/results/claims
+	$(COMPARE) benchmarks/comparisons/smol.yaml --out benchmarks/results/smol
+	$(BIN)/python benchmarks/fit_profile.py
+	$(BIN)/python benchmarks/claims.py --write-docs
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not clients and not families" -n $(WORKERS)
@@ -81,6 +100,13 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo "Installing dernkit with its extras compare and dev into $(VENV)"
 	@$(INSTALL) --quiet -e '.[compare,dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml $(wildcard plugins/*/pyproject.toml)
+	@echo "Installing dernkit with its extra compare into $(VENV), and plugins into runs/plugins"
+	@$(INSTALL) --quiet -e '.[compare]'
+	@rm -rf runs/plugins
+	@$(INSTALL) --quiet --no-deps --target runs/plugins plugins/dernkit-hc-smoe
 	@touch $@
 
 $(CLIENTS_VENV)/.made: tests/clients/requirements.txt

@@ -1,9 +1,10 @@
 """Train a testbed of many small experts from scratch: Qwen2-MoE or DeepSeek-V2 layers, with shared experts.
 
-    python -m benchmarks.testbeds.fine_grained qwen2-moe --minutes 110 --work-dir WORK --out OUT
+    python -m benchmarks.testbeds.fine_grained qwen2-moe --tokens 12e6 --work-dir WORK --out OUT
 
-Unlike the Mixtral testbed there is no dense phase: the experts have no common ancestor. Data, tokenizer, schedule,
-optimizer and the losses on routing are those of `benchmarks.testbeds.mixtral`.
+Unlike the Mixtral testbed there is no dense phase: the experts have no common ancestor. Data, tokenizer, optimizer and
+the losses on routing are those of `benchmarks.testbeds.mixtral`; the schedule follows the tokens, and the same command
+goes on where a killed one was.
 """
 
 import argparse
@@ -12,15 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
 )
@@ -94,17 +95,83 @@ def build(name: str, seed: int) -> Any:
     return model.train()
 
 
-@torch.no_grad()
-def measured(model: Any, tokenizer: PreTrainedTokenizerFast, text: str, windows: int) -> tuple[float, Tensor]:
-    """Loss in nats a token and each layer's expert shares [layers, E] on the first windows of 256 tokens."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    targets = torch.stack(ids.split(255)[:windows][: len(ids) // 255])
-    inputs = nn.functional.pad(targets, (1, 0), value=tokenizer.bos_token_id)[:, :-1]
-    with router_logits(model) as logits:
-        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-    loss = token_loss(model, hidden, targets)
-    shares = routing_losses(tuple(logits), model.config.num_experts_per_tok)[2]
-    return float(loss), shares
+class Run:
+    """The state of a training run: model, optimizer, and the tokens and seconds spent."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.work_dir.mkdir(parents=True, exist_ok=True)
+        self.splits = load_splits(args.corpus)
+        self.tokenizer = train_tokenizer(self.splits, VOCABULARY)
+        streams = load_streams(self.splits, self.tokenizer, args.work_dir / "tokens.npz")
+        self.sampler = WindowSampler(streams, args.cap_tokens, self.tokenizer.bos_token_id, args.seed)
+        self.model = build(args.testbed, args.seed)
+        self.optimizer = make_optimizer(self.model, args)
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self.losses: list[float] = []
+        if self._state.exists():
+            state = torch.load(self._state, weights_only=True)
+            self.steps, self.tokens, self.seconds = state["progress"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    @property
+    def _state(self) -> Path:
+        return self.args.work_dir / f"{self.args.testbed}.pt"
+
+    def step(self) -> None:
+        """One update; which windows it sees depends on seed and step alone."""
+        args = self.args
+        self.sampler.rng = np.random.default_rng([args.seed, self.steps])
+        batch = self.sampler.batch(args.batch_tokens // args.seq_len, args.seq_len)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(args, self.tokens / args.tokens, 0.0)
+        with router_logits(self.model) as logits:
+            hidden = self.model.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
+        loss = token_loss(self.model, hidden, batch[:, 1:])
+        balance, squares, _ = routing_losses(tuple(logits), self.model.config.num_experts_per_tok)
+        (loss + args.balance * balance + args.z_loss * squares).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps, self.tokens = self.steps + 1, self.tokens + batch[:, 1:].numel()
+        self.losses.append(loss.item())
+
+    def save(self) -> None:
+        """Write what is needed to go on, the model as it is, and a row of the curve."""
+        progress = (self.steps, self.tokens, self.seconds)
+        state = {"progress": progress, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        partial = self._state.with_suffix(".new")
+        torch.save(state, partial)
+        partial.replace(self._state)
+        save_model(self.model, self.tokenizer, self.args.out / "model")
+        found = [measure(self.model, self.tokenizer, split.heldout[:40_000], limit_windows=6) for split in self.splits]
+        shares = sum(found[1:], found[0]).shares
+        row = {
+            "seconds": round(self.seconds, 1),
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "loss": round(sum(self.losses) / len(self.losses), 4),
+            "heldout": round(sum(each.loss for each in found) / len(found), 4),
+            "min_share": [round(float(layer.min()), 4) for layer in shares],
+            "max_share": [round(float(layer.max()), 4) for layer in shares],
+        }
+        self.losses = []
+        with (self.args.out / "curve.jsonl").open("a") as curve:
+            print(json.dumps(row), file=curve)
+        print(json.dumps(row), flush=True)
+
+    def train(self) -> None:
+        """Spend the budget."""
+        saved = self.seconds
+        while self.tokens < self.args.tokens:
+            began = time.monotonic()
+            self.step()
+            self.seconds += time.monotonic() - began
+            if self.seconds - saved >= 60 * self.args.save_minutes or self.tokens >= self.args.tokens:
+                saved = self.seconds
+                self.save()
 
 
 def parse_args() -> argparse.Namespace:
@@ -112,12 +179,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("testbed", choices=list(TESTBEDS))
     add = parser.add_argument
-    add("--minutes", type=float, default=110, help="time budget")
-    add("--work-dir", type=Path, required=True, help="folder for the token cache")
+    add("--tokens", type=float, default=12e6, help="budget")
+    add("--work-dir", type=Path, required=True, help="folder for the token cache and what is needed to go on")
     add("--out", type=Path, required=True, help="folder for curve.jsonl and model/")
     add("--corpus", type=Path, default=HERE / "corpus", help="folder of *.txt.xz files")
     add("--seq-len", type=int, default=256, help="tokens a sequence")
-    add("--batch-tokens", type=int, default=4096, help="tokens a step")
+    add("--batch-tokens", type=int, default=2048, help="tokens a step")
     add("--cap-tokens", type=int, default=1_500_000, help="largest size a domain is drawn in proportion to")
     add("--lr", type=float, default=2e-3, help="peak learning rate")
     add("--decay-share", type=float, default=0.5, help="share of the budget over which the rate falls to zero")
@@ -131,55 +198,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Spend the time budget, logging to ``curve.jsonl`` and saving now and then."""
+    """Train to the end of the budget, then print loss and routing on all held-out text."""
     args = parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    splits = load_splits(args.corpus)
-    tokenizer = train_tokenizer(splits, VOCABULARY)
-    streams = load_streams(splits, tokenizer, args.work_dir / "tokens.npz")
-    sampler = WindowSampler(streams, args.cap_tokens, tokenizer.bos_token_id, args.seed)
-    model = build(args.testbed, args.seed)
-    optimizer = make_optimizer(model, args)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    began, steps, tokens, saved = time.monotonic(), 0, 0, 0.0
-    window: list[float] = []
-    with (args.out / "curve.jsonl").open("w") as curve:
-        while (progress := (time.monotonic() - began) / (60 * args.minutes)) < 1:
-            batch = sampler.batch(args.batch_tokens // args.seq_len, args.seq_len)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, progress, 0.0)
-            with router_logits(model) as logits:
-                hidden = model.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
-            loss = token_loss(model, hidden, batch[:, 1:])
-            balance, squares, _ = routing_losses(tuple(logits), model.config.num_experts_per_tok)
-            (loss + args.balance * balance + args.z_loss * squares).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            steps, tokens = steps + 1, tokens + batch[:, 1:].numel()
-            window.append(loss.item())
-            elapsed = time.monotonic() - began
-            if elapsed - saved >= 60 * args.save_minutes:
-                saved = elapsed
-                save_model(model, tokenizer, args.out / "model")
-                found = [measured(model, tokenizer, split.heldout[:40_000], 6) for split in splits]
-                shares = torch.stack([share for _, share in found]).mean(dim=0)
-                row = {
-                    "seconds": round(elapsed, 1),
-                    "steps": steps,
-                    "tokens": tokens,
-                    "loss": round(sum(window) / len(window), 4),
-                    "heldout": round(sum(loss for loss, _ in found) / len(found), 4),
-                    "min_share": [round(float(layer.min()), 4) for layer in shares],
-                    "max_share": [round(float(layer.max()), 4) for layer in shares],
-                }
-                window = []
-                print(json.dumps(row), file=curve, flush=True)
-                print(json.dumps(row), flush=True)
-    save_model(model, tokenizer, args.out / "model")
-    saved_model = AutoModelForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)
-    print(report({split.domain: measure(saved_model, tokenizer, split.heldout) for split in splits}), flush=True)
+    run = Run(args)
+    print(f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.tokens:,} tokens done", flush=True)
+    run.train()
+    saved = AutoModelForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)
+    print(report({split.domain: measure(saved, run.tokenizer, split.heldout) for split in run.splits}), flush=True)
 
 
 if __name__ == "__main__":

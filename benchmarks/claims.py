@@ -1,0 +1,166 @@
+"""What the DERN paper says, held against benchmarks/results: one verdict for each claim, model and ratio.
+
+    python benchmarks/claims.py [--write-docs]
+
+Reads the results of the comparisons in benchmarks/comparisons (`make bench` makes them) and prints the tables of
+docs/explanation/does-dern-work.md; with --write-docs it puts them there, between their markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dernkit.compare.analysis import Comparison, Interval, compare_pair
+from dernkit.compare.statistics import holm
+
+from dernkit.compare.rows import ORIGINAL, Row, read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "explanation" / "does-dern-work.md"
+METRIC = "perplexity/bits_per_byte"
+BASELINE = "prune-frequency"
+IDENTICAL = 1e-12
+"""Bits per byte; two recipes that did the same differ by less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """``recipe`` should do less damage than ``against``."""
+
+    says: str
+    comparison: str
+    recipe: str
+    against: str
+
+
+CLAIMS = (
+    Claim("DERN beats dropping the same experts", "methods", "dern", "prune-gate-mass"),
+    Claim("DERN beats frequency pruning", "methods", "dern", "prune-frequency"),
+    Claim("DERN beats the best subset (NAEE)", "methods", "dern", "prune-best-subset"),
+    Claim("DERN beats merging by groups (M-SMoE)", "methods", "dern", "m-smoe"),
+    Claim("DERN beats merging by clusters (HC-SMoE)", "methods", "dern", "hc-smoe"),
+    Claim("DERN beats REAP, which is younger than the paper", "methods", "dern", "prune-reap"),
+    Claim("A threshold of 0.6 beats 0", "claims", "dern", "dern/threshold-0.0"),
+    Claim("A threshold of 0.6 beats 0.8", "claims", "dern", "dern/threshold-0.8"),
+    Claim("A threshold of 0.6 beats 1, where nothing moves", "claims", "dern", "prune-gate-mass"),
+    Claim("Similarity is better without the gate", "claims", "dern", "dern/gate"),
+    Claim("… when 30% of the segments move", "claims", "moved", "moved/gate"),
+    Claim("Centroids from the gate beat random ones", "claims", "dern", "dern/random-init"),
+    Claim("… when 30% of the segments move", "claims", "moved", "moved/random-init"),
+    Claim("Weights by score beat equal weights", "claims", "dern", "dern/uniform-weights"),
+    Claim("… when 30% of the segments move", "claims", "moved", "moved/uniform-weights"),
+    Claim("Adding router rows beats leaving them", "claims", "dern", "dern/slice"),
+    Claim("… when 30% of the segments move", "claims", "moved", "moved/slice"),
+)
+
+
+def blocks(rows: Sequence[Row], *recipes: str) -> Iterator[tuple[str, float, str]]:
+    """Model, ratio and calibration set of which all ``recipes`` were measured, in the order of the rows."""
+    found: dict[tuple[str, float, str], set[str]] = {}
+    for row in rows:
+        if row.recipe != ORIGINAL and not row.refused:
+            found.setdefault((row.model, row.keep, row.calibration), set()).add(row.recipe)
+    return (block for block, there in found.items() if there.issuperset(recipes))
+
+
+def pairs(rows: Sequence[Row], recipe: str, against: str) -> list[Comparison]:
+    """The comparison on every model and ratio."""
+    return [
+        compare_pair(
+            rows, model=model, keep=keep, calibration=calibration, metric=METRIC, recipe=recipe, against=against
+        )
+        for model, keep, calibration in blocks(rows, recipe, against)
+    ]
+
+
+def verdict(found: Comparison, p: float) -> str:
+    """In the words of the issue that is settled: a claim says that the difference is below 0."""
+    if max(abs(found.difference.low), abs(found.difference.high)) < IDENTICAL:
+        return "not confirmed: the same model, nothing moves"
+    if p >= 0.05:
+        return "not confirmed"
+    return "**confirmed**" if found.difference.estimate < 0 else "**contradicted**"
+
+
+def claims_table(results: dict[str, list[Row]]) -> list[list[str]]:
+    """A row for each claim, model and ratio; p-values are adjusted over the whole table (Holm)."""
+    found = [
+        (claim, each) for claim in CLAIMS for each in pairs(results[claim.comparison], claim.recipe, claim.against)
+    ]
+    adjusted = holm([each.p for _, each in found])
+    return [
+        [
+            claim.says,
+            each.model,
+            f"{1 - each.keep:.1%}".replace(".0%", "%"),
+            interval(each.difference, "+.4f"),
+            f"{each.documents} × {each.seeds}",
+            f"{p:.3g}",
+            verdict(each, p),
+        ]
+        for (claim, each), p in zip(found, adjusted, strict=True)
+    ]
+
+
+def recovered_table(rows: Sequence[Row], recipes: Sequence[str]) -> list[list[str]]:
+    """How much of the damage of frequency pruning each recipe takes back, a column a model and ratio."""
+    columns = list(blocks(rows, BASELINE))
+    table = []
+    for recipe in recipes:
+        shares = {(each.model, each.keep, each.calibration): each.recovered for each in pairs(rows, recipe, BASELINE)}
+        table.append([recipe, *(interval(shares.get(block), ".0%") for block in columns)])
+    return table
+
+
+def interval(found: Interval | None, form: str) -> str:
+    """``estimate (low to high)``."""
+    return "-" if found is None else f"{found.estimate:{form}} ({found.low:{form}} to {found.high:{form}})"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def tables(results: dict[str, list[Row]]) -> dict[str, str]:
+    """Name of a place in the page -> what goes there."""
+    methods = results["methods"]
+    recipes = list(dict.fromkeys(row.recipe for row in methods if row.recipe not in (ORIGINAL, BASELINE)))
+    columns = [f"{model}, {1 - keep:.1%} dropped".replace(".0%", "%") for model, keep, _ in blocks(methods, BASELINE)]
+    header = ["claim", "model", "dropped", "difference in bits per byte (95%)", "documents × seeds", "p", "here"]
+    return {
+        "claims": markdown(header, claims_table(results)),
+        "recovered": markdown(["recipe", *columns], recovered_table(methods, recipes)),
+    }
+
+
+def write_page(found: dict[str, str]) -> None:
+    """Put each table between its markers."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in found.items():
+        block = f"<!-- {name}:begin -->\n{table}\n<!-- {name}:end -->"
+        text = re.sub(f"<!-- {name}:begin -->.*?<!-- {name}:end -->", lambda _, block=block: block, text, flags=re.S)
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Print the tables, or write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write-docs", action="store_true", help="put the tables into the page")
+    arguments = parser.parse_args()
+    results = {name: read_rows(RESULTS / name / "results.parquet") for name in ("methods", "claims")}
+    found = tables(results)
+    if arguments.write_docs:
+        write_page(found)
+    else:
+        print("\n\n".join(found.values()))
+
+
+if __name__ == "__main__":
+    main()
