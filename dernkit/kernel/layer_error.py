@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from dernkit.errors import CheckpointError
@@ -17,6 +17,7 @@ _CHUNK = 2**24
 """Float32 numbers of an output that are held at once (64 MiB)."""
 
 
+@torch.no_grad()
 def layer_error(
     bank: ExpertBank,
     compressed: CompressedLayer,
@@ -46,12 +47,14 @@ def layer_error(
     """
     if bank.route is None or bank.tables or "sample" not in stats.values or not stats.router_inputs.numel():
         return None
-    after, rows = _as_bank(compressed, bank), _rows(compressed, bank)
+    after, rows, changed = _as_bank(compressed, bank), _rows(compressed, bank), _changed(compressed, bank, kept)
     step = max(1, _CHUNK // bank.down.shape[1])
     error = energy = 0.0
     for inputs, seen in zip(stats["sample"].split(step), stats.router_inputs.split(step), strict=True):
         whole = layer_output(bank, inputs, (before or bank.route)(seen))
-        found = layer_output(after, inputs, _among(bank.route(seen, kept, rows), kept, bank.dims.experts))
+        routing = bank.route(seen, kept, rows)
+        found = layer_output(bank, inputs, _only(routing, kept[~changed], kept[~changed], bank.dims.experts))
+        found += layer_output(after, inputs, _only(routing, kept[changed], changed.nonzero().flatten(), len(kept)))
         error += float((found - whole).square().sum(dtype=torch.float64))
         energy += float(whole.square().sum(dtype=torch.float64))
     if not math.isfinite(error + energy):
@@ -88,9 +91,21 @@ def _rows(compressed: CompressedLayer, bank: ExpertBank) -> Float[Tensor, "kept 
     return torch.cat([part.to(torch.float32) for part in parts], dim=1)
 
 
-def _among(routing: Routing, kept: Int64[Tensor, " kept"], experts: int) -> Routing:
-    """Choices by their position among the kept experts; others (identity experts) lie behind these."""
-    most = max(experts, int(routing.chosen.max()) + 1)
-    places = torch.full((most,), len(kept), dtype=torch.int64)
-    places[kept] = torch.arange(len(kept))
+def _changed(compressed: CompressedLayer, bank: ExpertBank, kept: Int64[Tensor, " kept"]) -> Bool[Tensor, " kept"]:
+    """Which experts are other ones now. What is left of the others is computed as it was before, to the same bits."""
+    names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+    parts = [(getattr(compressed, name), getattr(bank, name)) for name in names]
+    return torch.tensor(
+        [
+            any(new is not None and not torch.equal(new[position], old[expert]) for new, old in parts)
+            for position, expert in enumerate(kept.tolist())
+        ]
+    )
+
+
+def _only(routing: Routing, experts: Int64[Tensor, " some"], numbers: Int64[Tensor, " some"], none: int) -> Routing:
+    """Choices of some experts only, under other numbers; all others become ``none``, which is no expert's."""
+    most = int(torch.cat([routing.chosen.flatten(), experts]).max()) + 1
+    places = torch.full((most,), none, dtype=torch.int64)
+    places[experts] = numbers
     return replace(routing, chosen=places[routing.chosen])
