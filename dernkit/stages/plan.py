@@ -16,7 +16,7 @@ from torch import Tensor
 from dernkit.api import Assigner, Block, Budget, Scorer, Selector
 from dernkit.errors import CheckpointError
 from dernkit.kernel import calls
-from dernkit.kernel.planning import measure_layer, plan_from_scores, plan_layer, score_layer
+from dernkit.kernel.planning import plan_from_scores, plan_layer
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.groups import regrouped
 from dernkit.models.source import SourceModel
@@ -102,8 +102,8 @@ def plan_blocks(
         for block in blocks:
             weights.load(block.path)
             block.check()
-            scores.append(score_layer(block.bank(), _of(stats, block), decisions.scorer))
-            measures.append(measure_layer(block.bank(), _of(stats, block), scores[-1], decisions.budget))
+            scores.append(calls.score(decisions.scorer, block.bank(), _of(stats, block)))
+            measures.append(calls.measure(decisions.budget, block.bank(), scores[-1], _of(stats, block)))
             weights.unload(block.path)
             tracker.advance(1, f"score, layer {block.layer}")
         counts = _allocate(blocks, decisions, measures)
