@@ -247,9 +247,7 @@ def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_
 @main.command()
 @_RECIPE
 @_MODEL
-@click.option(
-    "--keep", metavar="N,N,...", help="Ratios (0.5) or counts (4); by default all legal, thinned to 8."
-)
+@click.option("--keep", metavar="N,N,...", help="Ratios (0.5) or counts (4); by default all legal, thinned to 8.")
 @click.option("--rise", type=click.FloatRange(min=0), default=0.05, show_default=True, help="Nats per token to spend.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Also write all of it there, as JSON.")
 @click.option(

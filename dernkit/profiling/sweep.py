@@ -151,7 +151,10 @@ def sweep(
                 layers.append(_measured(block, plan, recipe, stats.get(block.layer, NO_STATISTICS)))
                 tracker.advance(1, f"layer {block.layer}, keep {ratio[position]}")
             store.unload(block.path)
-    return [_ratio(source, recipe, keep, layers) for keep, layers in zip(keeps, found, strict=True)]
+    # The width of all layers is that of the widest: the largest pool decides.
+    choices = [([layer.plan for layer in layers], max(layer.width for layer in layers)) for layers in found]
+    sizes = result_bytes(source, choices, mtp=recipe.apply.mtp, export=recipe.apply.export)
+    return [_ratio(*each) for each in zip(keeps, found, sizes, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +180,7 @@ def _first(stats: LayerStats) -> LayerStats:
     return replace(stats, values={**stats.values, **sample})
 
 
-def _ratio(source: SourceModel, recipe: Recipe, keep: int | float, layers: Sequence[_Layer]) -> Ratio:
-    how, plans = recipe.apply, [layer.plan for layer in layers]
-    counts = tuple(len(plan.kept) for plan in plans)
-    # The width of all layers is that of the widest: the largest pool decides.
-    size = result_bytes(source, plans, max(layer.width for layer in layers), mtp=how.mtp, export=how.export)
-    share = sum(counts) / sum(plan.experts for plan in plans)
+def _ratio(keep: int | float, layers: Sequence[_Layer], size: int) -> Ratio:
+    counts = tuple(len(layer.plan.kept) for layer in layers)
+    share = sum(counts) / sum(layer.plan.experts for layer in layers)
     return Ratio(keep, counts, share, size, tuple(layer.error for layer in layers))

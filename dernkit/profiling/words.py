@@ -100,7 +100,7 @@ def _any(rows: Sequence[Facts]) -> bool:
 def _found(rows: Sequence[Facts], safe: Facts | None, budget: float) -> str:
     if safe is not None:
         return (
-            f"Safe under a rise of {budget:g} nats per token: keep {safe['keep']} ({safe['share']:.0%} of the experts). "
+            f"Safe under a rise of {budget:g} nats per token: keep {safe['keep']} ({safe['share']:.0%} of all). "
             f"Expected there: {_range(safe['rise'][NATS])}."
         )
     first = max(rows, key=lambda row: row["share"])
