@@ -59,9 +59,7 @@ def main() -> None:
     curves, points = fitted(files, commit)
     if not curves.by_unit:
         seen = ", ".join(f"{len(found)} in {unit}" for unit, found in points.items())
-        sys.exit(
-            f"no curve: at least {FEWEST} cells of 2 models, rising with the error, are needed. Got {seen} instead."
-        )
+        sys.exit(f"no curve: must have {FEWEST} cells of 2 models that rise with the error. Got {seen} instead.")
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(as_json(curves), encoding="utf-8")
     for unit, curve in curves.by_unit.items():
