@@ -111,16 +111,11 @@ def apply_checkpoint(
         export: how layers that keep different numbers of experts are written; see `dernkit.models.export`.
         stats: of every layer, for a merge or router that reads some.
     """
-    store, blocks = source.open(keep_dtypes=True)
-    blocks = regrouped(store.model, blocks, collapse=_one_group(plans))
-    _check_fit(blocks, plans)
-    result = export_of(blocks, [len(plan.kept) for plan in plans], export)
-    works = [_Work(block.layer, store, block, plan, result) for block, plan in zip(blocks, plans, strict=True)]
+    works, result = _works(_open(source, mtp), plans, export)
+    store, blocks = works[0].store, [work.block for work in works[: len(plans)]]
     check_new_width(blocks, width)
     width = target_width(plans, merge, width)
     dropped = source.mtp.tensors if mtp == "drop" else ()
-    if mtp == "compress":
-        works += [_Work(x.path, *source.open_mtp(x, keep_dtypes=True), plans[-1], result) for x in source.mtp.layers]
     replaced, removed = _layout(works, width)
     writer = ShardWriter(source.checkpoint, folder, replaced, removed.union(dropped))
     store.refuse_non_finite_on_disk(writer.copied)
@@ -145,6 +140,32 @@ def apply_checkpoint(
         check_padding(*written.open(), result.counts)
     journal.remove()
     return result
+
+
+def result_bytes(
+    source: SourceModel,
+    choices: Sequence[tuple[Sequence[LayerPlan], int]],
+    *,
+    mtp: str = "compress",
+    export: str = "auto",
+) -> list[int]:
+    """Bytes of all tensors that `apply_checkpoint` writes, for each choice; no weights are read, and no moves.
+
+    Args:
+        source: the model.
+        choices: one plan per MoE block, in layer order, and the width of every expert after surgery (`target_width`).
+        mtp: as there.
+        export: as there.
+    """
+    opened, dropped = _open(source, mtp), source.mtp.tensors if mtp == "drop" else ()
+    found = []
+    for plans, width in choices:
+        replaced, removed = _layout(_works(opened, plans, export)[0], width)
+        gone = removed.union(replaced, dropped)
+        stays = (entry for name, entry in source.checkpoint.tensors.items() if name not in gone)
+        new = (tensor.numel() * tensor.element_size() for tensor in replaced.values())
+        found.append(sum(entry.end - entry.start for entry in stays) + sum(new))
+    return found
 
 
 def check_new_width(blocks: Sequence[Block], width: int | None) -> None:
@@ -173,6 +194,25 @@ class _Work:
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """In-memory tensors under their names in the checkpoint's files."""
         return {self.store.checkpoint.stored(key): value for key, value in self.store.to_disk(tensors).items()}
+
+
+_Opened = tuple[Store, list[Block], list[tuple[str, Store, Block]]]
+"""The model's store and MoE blocks, and path, store and block of every multi-token-prediction layer to compress."""
+
+
+def _open(source: SourceModel, mtp: str) -> _Opened:
+    extra = source.mtp.layers if mtp == "compress" else ()
+    return (*source.open(keep_dtypes=True), [(x.path, *source.open_mtp(x, keep_dtypes=True)) for x in extra])
+
+
+def _works(opened: _Opened, plans: Sequence[LayerPlan], export: str) -> tuple[list[_Work], Export]:
+    """All MoE blocks, those of multi-token-prediction layers behind the others."""
+    store, blocks, extra = opened
+    blocks = regrouped(store.model, blocks, collapse=_one_group(plans))
+    _check_fit(blocks, plans)
+    result = export_of(blocks, [len(plan.kept) for plan in plans], export)
+    works = [_Work(block.layer, store, block, plan, result) for block, plan in zip(blocks, plans, strict=True)]
+    return works + [_Work(*place, plans[-1], result) for place in extra], result
 
 
 def _one_group(plans: Sequence[LayerPlan]) -> bool:

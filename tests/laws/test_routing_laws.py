@@ -78,6 +78,20 @@ def test_route_among_some_experts_is_the_pruned_models_router(family: str):
     assert bool((expected.logits[:, gone] == -torch.inf).all())
 
 
+@every_family
+def test_other_rows_route_as_long_as_they_are_asked_for(family: str):
+    model = families.build(family)
+    block: Any = next(block for block in find_blocks(model, [Universal()]) if not block.tables)
+    bank, inputs = block.bank(), observed(model, family, [block])[0][0]
+    bias = () if bank.router_bias is None else (bank.per_expert[bank.router_bias][:, None],)
+    rows = torch.cat([bank.router, *bias], dim=1)
+    before = bank.route(inputs)
+    own, other, after = bank.route(inputs, None, rows), bank.route(inputs, None, 1.5 * rows), bank.route(inputs)
+    for same in (own, after):
+        assert torch.equal(same.chosen, before.chosen) and torch.equal(same.coefficients, before.coefficients)
+    torch.testing.assert_close(other.logits, 1.5 * before.logits, rtol=1e-4, atol=1e-5)
+
+
 def families_route(family: str, layer: int, inputs: Tensor, kept: Tensor) -> Routing:
     """The routing by the same layer of an untouched copy of the model."""
     blocks: list[Any] = find_blocks(families.build(family), [Universal()])
