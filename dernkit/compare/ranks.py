@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,10 +28,10 @@ class Ranking:
     critical_difference: float
     """Nemenyi's at 5 %: mean ranks closer than this do not differ."""
     cliques: tuple[tuple[str, ...], ...]
-    """Largest runs of at least two recipes that do not differ; they may overlap. All of them where ``p`` is above 5 %."""
+    """Largest runs of at least two recipes that do not differ; they may overlap. All where ``p`` is not below 5 %."""
 
 
-def rank(blocks: Mapping[object, Mapping[str, float]], *, higher_is_better: bool) -> Ranking | None:
+def rank(blocks: Sequence[Mapping[str, float]], *, higher_is_better: bool) -> Ranking | None:
     """Friedman's test with Nemenyi's critical difference, as in Demšar (2006), on the recipes of all blocks.
 
     Args:
@@ -40,11 +40,11 @@ def rank(blocks: Mapping[object, Mapping[str, float]], *, higher_is_better: bool
     Returns:
         None with fewer than three such recipes, or one block.
     """
-    seen = list(dict.fromkeys(recipe for block in blocks.values() for recipe in block))
-    everywhere = [recipe for recipe in seen if all(recipe in block for block in blocks.values())]
+    seen = list(dict.fromkeys(recipe for block in blocks for recipe in block))
+    everywhere = [recipe for recipe in seen if all(recipe in block for block in blocks)]
     if len(everywhere) < 3 or len(blocks) < 2:
         return None
-    metric = np.asarray([[block[recipe] for recipe in everywhere] for block in blocks.values()])
+    metric = np.asarray([[block[recipe] for recipe in everywhere] for block in blocks])
     ranks = stats.rankdata(-metric if higher_is_better else metric, axis=1).mean(axis=0)
     order = np.argsort(ranks, kind="stable")
     recipes = tuple(everywhere[i] for i in order)

@@ -188,7 +188,7 @@ def _samples(measured: Floats, terms: Sequence[tuple[float, Side]]) -> list[Floa
     """
     fixed = [factor * measured[side[None]] for factor, side in terms if None in side]
     sampled = [(factor, side) for factor, side in terms if None not in side]
-    shared = sorted(set.intersection(*(set(side) for _, side in sampled))) if sampled else []
+    shared = [seed for seed in sampled[0][1] if all(seed in side for _, side in sampled)] if sampled else []
     if len(shared) > 1 or all(len(side) == len(shared) for _, side in sampled):
         sampled_rows = [factor * measured[[side[seed] for seed in shared]] for factor, side in sampled]
         samples = [_total(sampled_rows)] if sampled_rows else [np.zeros((1, *measured.shape[1:]))]
