@@ -148,8 +148,8 @@ def _aligned(measurements: Sequence[Observations], where: str) -> tuple[Floats, 
             odd = sorted({name for _, name in set(documents) ^ set(known)})
             got = f"'{odd[0]}' in some of them only" if odd else "a document twice"
             raise CheckpointError(
-                f"{where}: what is compared must be measured on the same documents. Got {got} instead. "
-                f"Evaluate all of them again on one set."
+                f"{where}: what is compared must be measured on the same documents in the same domains. "
+                f"Got {got} instead. Evaluate all of them again on one set."
             )
         values.append(seen.values[order])
         weights.append(seen.weights[order])
