@@ -167,28 +167,36 @@ def test_where_the_baseline_was_refused_nothing_is_compared_with_it() -> None:
 def test_a_comparison_of_the_baseline_alone_says_so() -> None:
     found = analysed(comparison({"prune": 0.3}))
     assert (found.against_baseline, found.ranking) == ((), None)
-    assert "no recipe was measured next to prune" in found.sentence
+    assert "nothing can be said: no other recipe was measured where prune was" in found.sentence
 
 
 def test_the_sentence_says_who_wins_where_and_by_how_much(clear: Analysis) -> None:
-    assert clear.sentence.startswith(
-        f"By {METRIC} (lower is better) in 4 places: better against prune is better in 4 of 4"
+    start = f"By {METRIC} (lower is better), better does best: better than prune in 4 of 4 places, by "
+    assert clear.sentence.startswith(start)
+    wins = sorted(
+        (one for one in clear.against_baseline if one.recipe == "better"), key=lambda one: one.difference.high
     )
-    wins = [one.difference for one in clear.against_baseline if one.recipe == "better"]
-    largest = min(wins, key=lambda one: one.estimate)
-    assert f"−{abs(largest.estimate):.3f} [−{abs(largest.low):.3f}, −{abs(largest.high):.3f}]" in clear.sentence
-    assert "Nothing can be said about alike." in clear.sentence
-    assert "In at least one place worse is worse." in clear.sentence
-    assert "Measured on 120 documents with 3 calibration seeds." in clear.sentence
+    for one, share in ((wins[0], "to"), (wins[-1], "by")):
+        estimate, low, high = (abs(end) for end in (one.difference.estimate, one.difference.low, one.difference.high))
+        text = f"{share} −{estimate:.3f} [−{low:.3f}, −{high:.3f}] ({one.model} at keep {one.keep:g} (mixed))"
+        assert text in clear.sentence
+    assert "Worse somewhere: worse. Nowhere told apart from prune: alike." in clear.sentence
+    assert clear.sentence.endswith("Measured on 120 documents with 3 calibration seeds; 95 % intervals.")
 
 
 def test_the_sentence_names_undecided_places_and_a_single_seed() -> None:
-    found = analysed(comparison({"prune": 0.3, "alike": 0.3}, seeds=(0,), places={"one": (0.5,)}))
-    assert (
-        "alike against prune is better in 0 of 1, worse in 0, undecided in 1 (one at keep 0.5 (mixed))"
-        in found.sentence
-    )
-    assert "Where there is one seed, intervals say nothing about other calibrations." in found.sentence
+    found = analysed(comparison({"prune": 0.3, "alike": 0.3}, seeds=(0,), places={"one": (0.75, 0.5)}))
+    assert "no recipe is shown to be better than prune; alike comes nearest, off by " in found.sentence
+    assert "; undecided in one at keep 0.75 (mixed) and one at keep 0.5 (mixed)." in found.sentence
+    assert found.sentence.endswith("Where there is one seed, intervals say nothing about other calibrations.")
+
+
+def test_the_sentence_names_a_recipe_that_wins_in_one_place_and_loses_in_another() -> None:
+    rows = comparison({"prune": 0.3, "mixed": 0.2}, places={"one": (0.5,)}, spread=CLEAR)
+    rows += comparison({"prune": 0.3, "mixed": 0.4}, places={"two": (0.5,)}, spread=CLEAR)
+    sentence = analysed(rows).sentence
+    assert "mixed does best: better than prune in 1 of 2 places, by −" in sentence
+    assert "; worse in two at keep 0.5 (mixed)." in sentence
 
 
 def test_models_without_the_metric_are_named() -> None:
