@@ -70,6 +70,22 @@ def test_intervals_hold_the_true_difference_in_95_of_100_trials(spread: Spread, 
     assert 0.92 <= share([each.interval.low <= 0.1 <= each.interval.high for each in found]) <= 0.98
 
 
+@pytest.mark.parametrize(("seeds", "most"), [(2, 0.13), (3, 0.08), (5, 0.06)])
+@pytest.mark.parametrize("part", [0.5, 0.9, 1.0])
+def test_where_seeds_make_most_of_the_variance_false_differences_are_as_documented(
+    seeds: int, most: float, part: float
+) -> None:
+    """``part`` of the variance is the seeds', the rest that of 896 documents."""
+    rng, count = np.random.default_rng(6), 4000
+    freedom = np.array([896.0, seeds - 1.0])
+    drawn = np.array([1 - part, part]) * rng.chisquare(freedom, (count, 2)) / freedom
+    wrong = [
+        Estimate(float(value), np.zeros(1), variances, freedom, seeds).p < 0.05
+        for value, variances in zip(rng.normal(size=count), drawn, strict=True)
+    ]
+    assert share(wrong) <= most + 0.01
+
+
 def test_the_interval_holds_0_where_p_is_above_5_percent() -> None:
     for each in differences(trials(Spread(0.3, 0.03, 0.05), seeds=3, harm=0.1), seeds=3):
         assert (each.p > 0.05) == (each.interval.low <= 0 <= each.interval.high)
