@@ -44,7 +44,7 @@ def _headline(analysis: Analysis, recipe: str) -> str:
     else:
         text = f"no recipe is shown to be better than {baseline}; {recipe} comes nearest, off by {_spread(found)}"
     for words, some in (("worse", worse), ("undecided", undecided)):
-        text += f"; {words} in {_list([_place(one) for one in some])}" if some and len(found) > 1 else ""
+        text += f"; {words} in {_list([_place(one) for one in some])}" if some else ""
     return f"{text}."
 
 
@@ -140,5 +140,8 @@ def _written(found: Interval) -> str:
     """The estimate and its ends, to two digits of the interval's width."""
     width = found.high - found.low
     digits = max(0, 1 - math.floor(math.log10(width))) if width > 0 else 6
-    shown = [f"{value:.{digits}f}".replace("-", "−") for value in (found.estimate, found.low, found.high)]
+    shown = [
+        f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+        for value in (found.estimate, found.low, found.high)
+    ]
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"

@@ -191,6 +191,12 @@ def test_the_sentence_names_undecided_places_and_a_single_seed() -> None:
     assert found.sentence.endswith("Where there is one seed, intervals say nothing about other calibrations.")
 
 
+def test_the_sentence_of_one_place_says_that_nothing_is_better() -> None:
+    sentence = analysed(comparison({"prune": 0.2, "other": 0.3}, spread=CLEAR)).sentence
+    assert "no recipe is shown to be better than prune; other comes nearest, off by 0.1" in sentence
+    assert "; worse in tiny at keep 0.5 (mixed)." in sentence
+
+
 def test_the_sentence_names_a_recipe_that_wins_in_one_place_and_loses_in_another() -> None:
     rows = comparison({"prune": 0.3, "mixed": 0.2}, places={"one": (0.5,)}, spread=CLEAR)
     rows += comparison({"prune": 0.3, "mixed": 0.4}, places={"two": (0.5,)}, spread=CLEAR)
