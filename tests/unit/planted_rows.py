@@ -62,18 +62,22 @@ def _sizes(model: str, keep: float) -> dict[str, int]:
     return {"parameters": 2_000_000 + experts, "bytes": 4_000_000 + 2 * experts, "expert_bytes": 2 * experts}
 
 
+def _made_from(model: str) -> dict[str, object]:
+    facts = {"path": f"testbeds/{model}/model", "fingerprint": f"{len(model):064x}", "family": model}
+    return {
+        "model": facts | {"experts": EXPERTS[model], "top_k": 2},
+        "evaluate": [{"use": "perplexity", "path": "heldout", "length": 256}],
+        "versions": {"dernkit": "0.1.0", "torch": "2.13.0"},
+    }
+
+
 def _original(model: str) -> Row:
     rng, experts = np.random.default_rng(len(model)), EXPERTS[model]
     alike = {}
     for layer in range(LAYERS):
         matrix = rng.uniform(0.05, 0.4, (experts, experts))
         alike[str(layer)] = np.where(np.eye(experts) > 0, 1.0, matrix).round(4).tolist()
-    details = {
-        "similarity": alike,
-        "fingerprint": f"{len(model):064x}",
-        "versions": {"dernkit": "0.1.0", "torch": "2.13.0"},
-        "evaluate": [{"use": "perplexity", "path": "heldout", "length": 256}],
-    }
+    details = {"similarity": alike, **_made_from(model)}
     seen = _observed(model, 0.0, 0)
     facts = {"observations": seen, "metrics": {METRIC: seen[METRIC].mean()}, "details": details}
     return Row(f"{model}-original", model, ORIGINAL, 1.0, "", 0, "", moved=0.0, **_sizes(model, 1), **facts)  # type: ignore[arg-type]
@@ -81,11 +85,10 @@ def _original(model: str) -> Row:
 
 def _cell(model: str, recipe: str, keep: float, seed: int, strength: float, *, refused: bool) -> Row:
     key = f"{model}-{recipe}-{keep}-{seed}"
-    details = {
-        "recipe": {"plan": {"score": {"use": recipe}, "keep": keep}, "seed": seed},
-        "calibration": {"source": {"use": "text-file", "path": "calibration.txt"}, "sequences": 128, "length": 256},
-        "versions": {"dernkit": "0.1.0", "torch": "2.13.0"},
-    }
+    source = {"use": "text-file", "path": "calibration.txt"}
+    calibrate = {"source": source, "sequences": 128, "length": 256}
+    plan = {"score": {"use": recipe}, "keep": keep}
+    details = {"recipe": {"calibrate": calibrate, "plan": plan, "seed": seed}, **_made_from(model)}
     if refused:
         why = f"{recipe}: must have as many experts as groups. Got {EXPERTS[model]} instead. Lower plan.keep."
         sizes = {"parameters": 0, "bytes": 0, "expert_bytes": 0}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dernkit.compare.analysis import Cell
+from dernkit.compare.findings import Cell
 from dernkit.compare.report.drawing import DIVERGING, SEQUENTIAL, Picture, draw, heat, short, slug
 from dernkit.compare.report.inputs import Block, Results
 

@@ -154,7 +154,7 @@ def _dark(colour: Sequence[float]) -> bool:
 
 def thin(axis: Any, labels: Sequence[str], most: int = 32) -> None:
     """Labels of an axis, every n-th where there are too many; long ones of the x axis stand upright."""
-    step = -(-len(labels) // most)
+    step = max(1, -(-len(labels) // most))
     places = list(range(0, len(labels), step))
     upright = axis.axis_name == "x" and max((len(labels[i]) for i in places), default=0) > 3
     turn = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if upright else {}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dernkit.compare.analysis import Analysis, Cell, analyse
+from dernkit.compare.analysis import analyse
+from dernkit.compare.findings import Analysis, Cell
 from dernkit.compare.rows import ORIGINAL, Row, read_rows
 from dernkit.errors import CheckpointError
 

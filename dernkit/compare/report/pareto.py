@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dernkit.compare.analysis import Cell
+from dernkit.compare.findings import Cell
 from dernkit.compare.report.drawing import FAINT, MARKERS, PALETTE, Picture, draw, short, slug
 from dernkit.compare.report.inputs import Results
 

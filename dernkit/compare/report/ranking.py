@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dernkit.compare.analysis import Ranking
+from dernkit.compare.ranks import Ranking
 from dernkit.compare.report.drawing import FAINT, PALETTE, Picture, draw, short
 from dernkit.compare.report.inputs import Results
 
