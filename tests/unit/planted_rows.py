@@ -77,7 +77,12 @@ def _original(model: str) -> Row:
     for layer in range(LAYERS):
         matrix = rng.uniform(0.05, 0.4, (experts, experts))
         alike[str(layer)] = np.where(np.eye(experts) > 0, 1.0, matrix).round(4).tolist()
-    details = {"similarity": alike, **_made_from(model)}
+    counts = {
+        str(layer): np.histogram(rng.normal(0.35, 0.1, 1024), np.linspace(-1, 1, 41))[0].tolist()
+        for layer in range(LAYERS)
+    }
+    cosines = {"edges": np.linspace(-1, 1, 41).tolist(), "counts": counts}
+    details = {"similarity": alike, "cosines": cosines, **_made_from(model)}
     seen = _observed(model, 0.0, 0)
     facts = {"observations": seen, "metrics": {METRIC: seen[METRIC].mean()}, "details": details}
     return Row(f"{model}-original", model, ORIGINAL, 1.0, "", 0, "", moved=0.0, **_sizes(model, 1), **facts)  # type: ignore[arg-type]

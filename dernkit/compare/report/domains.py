@@ -65,10 +65,9 @@ def _picture(results: Results, block: Block, cells: list[Cell], names: list[str]
 
 def _shown(cells: list[Cell], baseline: str) -> list[Cell]:
     """The best ones, and the baseline in any case."""
-    chosen = cells[:RECIPES]
-    return chosen if len(cells) <= RECIPES else chosen[:-1] + [
-        next((cell for cell in cells[RECIPES - 1 :] if cell.recipe == baseline), chosen[-1])
-    ]
+    chosen, rest = cells[:RECIPES], cells[RECIPES:]
+    last = [cell for cell in rest if cell.recipe == baseline]
+    return [*chosen[: RECIPES - len(last)], *last]
 
 
 def _limits(values: NDArray[np.float64]) -> tuple[tuple[float, float], str]:

@@ -132,10 +132,18 @@ def heat(
     columns: Sequence[str],
     limits: tuple[float, float],
     cmap: str = SEQUENTIAL,
+    bad: str = "#00000000",
     write: Callable[[float], str] | None = None,
 ) -> Any:
-    """A heat map [rows, columns] with a label at each row, and figures in the cells if ``write`` is given."""
-    image = axes.imshow(values, cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="auto")
+    """A heat map [rows, columns] with a label at each row, and figures in the cells if ``write`` is given.
+
+    Args:
+        bad: colour of what is nan.
+    """
+    from matplotlib import colormaps
+
+    colours = colormaps[cmap].with_extremes(bad=bad)
+    image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
     thin(axes.yaxis, rows)
     thin(axes.xaxis, columns)
     axes.tick_params(length=0)
@@ -159,3 +167,13 @@ def thin(axis: Any, labels: Sequence[str], most: int = 32) -> None:
     upright = axis.axis_name == "x" and max((len(labels[i]) for i in places), default=0) > 3
     turn = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if upright else {}
     axis.set_ticks(places, [labels[i] for i in places], **turn)
+
+
+def inner(axes: Any, count: int) -> None:
+    """Labels of axes at the left and at the bottom of a grid only, of which ``count`` are drawn."""
+    columns = axes.shape[1]
+    for i, one in enumerate(axes.flat[:count]):
+        if i % columns:
+            one.set_ylabel("")
+        if i + columns < count:
+            one.set_xlabel("")

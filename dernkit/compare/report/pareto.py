@@ -29,11 +29,16 @@ def _picture(results: Results, model: str, cells: list[Cell], drawn: tuple[str, 
         figure.legend(loc="outside lower center", ncols=2, fontsize=8, handletextpad=0.3, columnspacing=1)
 
     rest = len({cell.recipe for cell in cells} - set(drawn))
-    grey = f" In colour: the best {len(drawn)} over all models and the baseline; the others, {rest}, in grey." if rest else ""
+    grey = (
+        f" In colour: the best {len(drawn)} over all models and the baseline; the others, {rest}, in grey."
+        if rest
+        else ""
+    )
     return draw(
         slug("pareto", model),
         f"{model}: quality against size. Bars are 95 % intervals of the difference from the original; the line is the "
-        f"front that no other recipe beats in both. Lower and further left is better.{grey}",
+        f"front that no other recipe beats in both. Lower and further left is better. "
+        f"Points of one size stand side by side to be told apart.{grey}",
         paint,
         size=(4.6, 4.2),
     )

@@ -27,6 +27,8 @@ def _picture(ranks: Ranking) -> Picture:
     lowest, highest = ranks.mean_ranks[0], ranks.mean_ranks[len(names) - 1]
     step = max(highest - lowest, 1.0) * 0.035
 
+    from matplotlib.ticker import MaxNLocator
+
     def paint(figure: Figure, axes: Any) -> None:
         place = axes[0, 0]
         place.scatter(ranks.mean_ranks[: len(names)], range(len(names)), color=PALETTE[0], zorder=3, s=28)
@@ -38,9 +40,16 @@ def _picture(ranks: Ranking) -> Picture:
         place.plot([lowest, end], [-1, -1], color=PALETTE[1], marker="|", linewidth=1.5)
         place.text((lowest + end) / 2, -1.25, f"critical difference {ranks.critical_difference:.2f}", ha="center")
         place.set_yticks(range(len(names)), [short(name) for name in names])
-        place.set(xlabel="mean rank (1 is best)", ylim=(len(names) - 0.4, -1.9))
+        place.set(
+            xlabel="mean rank (1 is best)", ylim=(len(names) - 0.4, -1.9), xlim=(min(lowest, 1.0) - 3 * step, None)
+        )
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    left = f" {len(ranks.recipes) - len(names)} recipes with worse ranks are left out." if len(ranks.recipes) > len(names) else ""
+    left = (
+        f" {len(ranks.recipes) - len(names)} recipes with worse ranks are left out."
+        if len(ranks.recipes) > len(names)
+        else ""
+    )
     return draw(
         "ranks",
         f"Mean ranks over {ranks.blocks} blocks (model, ratio, calibration set). Recipes beside one bar do not differ "
