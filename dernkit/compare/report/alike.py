@@ -45,7 +45,7 @@ def alike(results: Results, model: str) -> Iterator[Picture]:
         inner(axes, len(chosen))
         figure.colorbar(image, ax=axes, label="mean best cosine", pad=0.02, aspect=30)
 
-    columns = min(3, len(chosen))
+    columns = min(2, len(chosen))
     lines = -(-len(chosen) // columns)
     mean = float(np.mean([np.nanmean(table) for table in tables]))
     left = f" {len(names) - len(chosen)} layers between them are left out." if len(names) > len(chosen) else ""

@@ -95,6 +95,6 @@ def _ranks(results: Results) -> Section:
 
 def _layers(results: Results) -> Iterator[Section]:
     for i, model in enumerate(results.models):
-        pictures = tuple(picture for draw in (use, errors, scores, moved) for picture in draw(results, model))
-        text = "Which experts tokens use, what compression costs in each layer, which experts are kept, and what moved."
+        pictures = tuple(picture for draw in (scores, moved, use, errors) for picture in draw(results, model))
+        text = "Which experts are kept, what moved, which experts tokens use, and what compression costs in each layer."
         yield Section(f"layers-{i + 1}", f"Layer by layer: {model}", text, pictures=pictures)
