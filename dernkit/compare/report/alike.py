@@ -9,6 +9,7 @@ import numpy as np
 
 from dernkit.compare.report.drawing import FAINT, PALETTE, Picture, draw, heat, inner, slug, thin
 from dernkit.compare.report.inputs import Results
+from dernkit.compare.report.words import left_out
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +49,7 @@ def alike(results: Results, model: str) -> Iterator[Picture]:
     columns = min(2, len(chosen))
     lines = -(-len(chosen) // columns)
     mean = float(np.mean([np.nanmean(table) for table in tables]))
-    left = f" {len(names) - len(chosen)} layers between them are left out." if len(names) > len(chosen) else ""
+    left = left_out(len(names) - len(chosen), "layer", " between them")
     yield draw(
         slug("alike", model),
         f"{model}: how well neurons of one expert are matched in another one: the cosine with the most similar neuron "

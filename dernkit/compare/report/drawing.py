@@ -34,8 +34,8 @@ class Picture:
     name: str
     """Of its file, without the suffix."""
     caption: str
-    alt: str
-    """What it shows, for those who do not see it."""
+    width: float
+    """In CSS pixels."""
     svg: str
     """An SVG element whose text has the colour of what is around it."""
 
@@ -64,7 +64,6 @@ def draw(
     *,
     size: tuple[float, float],
     grid: tuple[int, int] = (1, 1),
-    alt: str = "",
 ) -> Picture:
     """A figure with ``grid`` = (rows, columns) of axes that ``paint(figure, axes[rows, columns])`` fills.
 
@@ -84,7 +83,7 @@ def draw(
         text = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    return Picture(name, caption, alt or caption, _element(text.getvalue(), name))
+    return Picture(name, caption, 96 * size[0], _element(text.getvalue(), name))
 
 
 _STYLE = {
@@ -118,10 +117,16 @@ def slug(*parts: object) -> str:
     return f"{plain[:48]}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
 
 
-def short(name: str, length: int = 30) -> str:
-    """A label for axes: matplotlib would read ``$`` as mathematics."""
-    name = name if len(name) <= length else f"{name[: length - 1]}…"
+def short(name: str, length: int = 40) -> str:
+    """A label for axes, shortened in its middle; matplotlib would read ``$`` as mathematics."""
+    if len(name) > length:
+        name = f"{name[: length // 2]}…{name[len(name) + 1 + length // 2 - length :]}"
     return name.replace("$", r"\$")
+
+
+def margin(labels: Sequence[str]) -> float:
+    """Inches that labels take at the left of a figure."""
+    return 0.075 * max(map(len, labels), default=0)
 
 
 def heat(

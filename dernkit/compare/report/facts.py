@@ -86,8 +86,16 @@ def _versions(rows: Iterable[Row]) -> dict[str, str]:
     return {name: " and ".join(found[name]) for name in sorted(found)}
 
 
-def _inline(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False).replace('"', "")
+def _inline(component: Mapping[str, Any] | None) -> str:
+    """``perplexity (path: heldout, length: 256)``."""
+    if not component:
+        return "–"
+    options = ", ".join(
+        f"{name}: {json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value}"
+        for name, value in component.items()
+        if name != "use"
+    )
+    return f"{component.get('use', '–')}{f' ({options})' if options else ''}"
 
 
 def recipes(results: Results) -> list[Listing]:

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from dernkit.compare.report.drawing import Picture, draw, heat, inner, short, slug, thin
+from dernkit.compare.report.drawing import Picture, draw, heat, inner, margin, short, slug, thin
 from dernkit.compare.report.inputs import Results
+from dernkit.compare.report.words import left_out
 from dernkit.compare.rows import LayerFacts, Row
 
 if TYPE_CHECKING:
@@ -89,27 +90,27 @@ def _errors(model: str, keep: float, calibration: str, rows: Sequence[Row]) -> P
     order = sorted(means, key=lambda name: (float(means[name].mean()), name))
     chosen = order[:RECIPES]
     values = np.array([means[name] for name in chosen])
-    layers = [str(layer.layer) for layer in rows[0].layers]
+    layers, labels = [str(layer.layer) for layer in rows[0].layers], [short(name) for name in chosen]
 
     def paint(figure: Figure, axes: Any) -> None:
         image = heat(
             axes[0, 0],
             values,
-            rows=[short(name, 26) for name in chosen],
+            rows=labels,
             columns=layers,
             limits=(0, max(float(values.max()), 1e-9)),
             write="{:.2g}".format if len(layers) <= 12 else None,
         )
         axes[0, 0].set_xlabel("layer")
-        figure.colorbar(image, ax=axes[0, 0], label="relative error", pad=0.02, aspect=15)
+        figure.colorbar(image, ax=axes[0, 0], label="relative error", pad=0.02, aspect=max(15, 2 * len(chosen)))
 
-    left = f" {len(order) - len(chosen)} recipes with larger errors are left out." if len(order) > len(chosen) else ""
+    left = left_out(len(order) - len(chosen), "recipe", " with larger errors")
     return draw(
         slug("error", model, keep),
         f"{model}, {keep:.3g} of the experts: squared error of each layer's routed output over that output's square, "
         f"mean over the seeds, calibration {calibration}.{left}",
         paint,
-        size=(4.6, 1.2 + 0.27 * len(chosen)),
+        size=(3.4 + margin(labels), 1.2 + 0.27 * len(chosen)),
     )
 
 
@@ -124,12 +125,12 @@ def _chosen(results: Results, model: str, fits: Callable[[Row], bool]) -> list[R
 def _panels(
     kind: str, model: str, found: Sequence[Row], fill: Callable[[Any, Row], Any], unit: str, what: str
 ) -> Picture:
-    rows, left = found[:PANELS], len(found) - PANELS
+    rows, left = found[:PANELS], left_out(len(found) - PANELS, "recipe", " with more damage")
 
     def paint(figure: Figure, axes: Any) -> None:
         for place, row in zip(axes.flat, rows, strict=False):
             image = fill(place, row)
-            place.set_title(short(row.recipe, 28), fontsize=9)
+            place.set_title(short(row.recipe, 32), fontsize=9)
         inner(axes, len(rows))
         figure.colorbar(image, ax=axes, label=unit, pad=0.02, aspect=30)
 
@@ -138,16 +139,11 @@ def _panels(
     first = rows[0]
     return draw(
         slug(kind, model),
-        f"{model}, {first.keep:.3g} of the experts, calibration {first.calibration}, seed {first.seed}: {what}."
-        f"{_which(len(rows), left)}",
+        f"{model}, {first.keep:.3g} of the experts, calibration {first.calibration}, seed {first.seed}: {what}.{left}",
         paint,
         size=(0.9 + 2.35 * columns, 0.6 + lines * (_height(len(first.layers)) - 0.5)),
         grid=(lines, columns),
     )
-
-
-def _which(shown: int, left: int) -> str:
-    return f" The {shown} recipes with the least damage are shown; {left} are left out." if left > 0 else ""
 
 
 def _panel(

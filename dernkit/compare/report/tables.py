@@ -9,6 +9,7 @@ from typing import Literal
 
 from dernkit.compare.findings import Cell, Comparison, Verdict
 from dernkit.compare.report.inputs import Block, Results, block_of
+from dernkit.compare.report.words import counted, interval, number, probability, share
 from dernkit.compare.rows import ORIGINAL
 from dernkit.compare.statistics import Interval
 
@@ -38,7 +39,8 @@ class Table:
 
 MARKS = "▲ better than the baseline, ▼ worse, ○ undecided, by p below 0.05, adjusted for a table's recipes (Holm)."
 LEGEND = (
-    f"{MARKS} In brackets: 95 % intervals over documents and calibration seeds. Taken back: the share of the "
+    f"{MARKS} In brackets: 95 % intervals of one comparison by itself, over documents "
+    "and calibration seeds. Taken back: the share of the "
     "baseline's damage that a recipe does not do. Moved: segments that were moved, per segment of a dropped expert."
 )
 
@@ -121,7 +123,7 @@ def _line(cell: Cell, original: Cell, one: Comparison | None, baseline: str, dig
         Entry(interval(cell.rise, digits)),
         Entry(against, tone),
         Entry(probability(one.p_adjusted) if one else ""),
-        Entry(_share(one.recovered) if one and one.recovered else "" if is_baseline else "–"),
+        Entry(share(one.recovered) if one and one.recovered else "" if is_baseline else "–"),
         Entry(_size(cell, original)),
         Entry(f"{100 * cell.moved:.0f} %"),
     )
@@ -135,8 +137,7 @@ def _sampled(cells: Sequence[Cell]) -> str:
 
 def _spread(counts: Sequence[int], what: str) -> str:
     low, high = min(counts), max(counts)
-    text = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    return f"{text} {what}{'' if high == 1 else 's'}"
+    return f"{low:,} to {counted(high, what)}" if low < high else counted(high, what)
 
 
 def refused(results: Results) -> Table | None:
@@ -161,29 +162,6 @@ def _recipe(name: str, baseline: str) -> str:
 
 def _size(cell: Cell, original: Cell) -> str:
     return f"{cell.bytes / 1e6:,.1f} MB ({100 * cell.bytes / original.bytes:.0f} %)"
-
-
-def _share(share: Interval) -> str:
-    low, high = (f"{100 * end:.0f}".replace("-", "−") if math.isfinite(end) else "∞" for end in (share.low, share.high))
-    return f"{100 * share.estimate:.0f} % [{low}, {high}]".replace("-", "−")
-
-
-def interval(found: Interval, digits: int) -> str:
-    """``+0.12 [+0.10, +0.14]``."""
-    return (
-        f"{number(found.estimate, digits, sign=True)} "
-        f"[{number(found.low, digits, sign=True)}, {number(found.high, digits, sign=True)}]"
-    )
-
-
-def number(value: float, digits: int, *, sign: bool = False) -> str:
-    """With a real minus, so that columns align."""
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    return text.replace("-", "−")
-
-
-def probability(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _block_digits(cells: Sequence[Cell]) -> int:
