@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,14 @@ def planted(
     seeds: int = 3,
     refused: str = "",
     stability: bool = True,
+    higher: bool = False,
 ) -> Path:
-    """A finished comparison in ``folder``; ``refused`` names a recipe that the last model refuses."""
+    """A finished comparison in ``folder``.
+
+    Args:
+        refused: a recipe that the last model refuses.
+        higher: the metric with its sign turned round, so that higher is better.
+    """
     rows = []
     for model in models:
         rows.append(_original(model))
@@ -38,11 +45,19 @@ def planted(
                 for seed in range(seeds):
                     no = recipe == refused and model == models[-1]
                     rows.append(_cell(model, recipe, keep, seed, strength, refused=no))
+    if higher:
+        rows = [
+            replace(row, observations={name: _turned(seen) for name, seen in row.observations.items()}) for row in rows
+        ]
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(rows, folder / "results.parquet")
     if stability:
         (folder / "stability.json").write_text(json.dumps({"points": _stability(models)}))
     return folder
+
+
+def _turned(seen: Observations) -> Observations:
+    return replace(seen, values=-seen.values, higher_is_better=True)
 
 
 def _observed(model: str, damage: float, noise: int) -> Mapping[str, Observations]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a00", "#5e4fa2")
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a00", "#9467bd")
 """Okabe and Ito's colours that the colour-blind tell apart, their yellow and black replaced by readable ones."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FAINT = "#8c8c8c"
@@ -70,10 +70,11 @@ def draw(
     Args:
         size: width and height in inches.
     """
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    # "default": the settings of whoever runs this change nothing.
+    with style.context(["default", _STYLE | {"svg.hashsalt": name}]):
         figure = Canvas(figsize=size, layout="constrained")
         axes = figure.subplots(*grid, squeeze=False)
         paint(figure, axes)
@@ -86,7 +87,7 @@ def draw(
     return Picture(name, caption, 96 * size[0], _element(text.getvalue(), name))
 
 
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -103,9 +104,10 @@ _STYLE = {
 
 
 def _element(text: str, name: str) -> str:
-    """The SVG element alone, with the page's colour and with ids that no other figure of the page has."""
+    """The SVG element alone, with the page's colour and only those ids that it refers to, none of another figure."""
     text = text[text.index("<svg") :].strip().replace(_INK, "currentColor")
-    text = re.sub(r'\bid="', f'id="{name}-', text)
+    used = set(re.findall(r'(?:href="|url\()#([^")]*)', text))
+    text = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
     text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
     return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
 
@@ -156,12 +158,12 @@ def heat(
     if write:
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                ink = "#ffffff" if _dark(image.cmap(image.norm(value))) else "#111111"
+                ink = "#ffffff" if _dark(image.to_rgba(np.array([value]))[0]) else "#111111"
                 axes.text(column, row, write(float(value)), ha="center", va="center", color=ink, fontsize=7.5)
     return image
 
 
-def _dark(colour: Sequence[float]) -> bool:
+def _dark(colour: NDArray[np.float64]) -> bool:
     return float(np.dot(colour[:3], (0.299, 0.587, 0.114))) < 0.52
 
 

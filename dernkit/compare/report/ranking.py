@@ -51,7 +51,7 @@ def _picture(ranks: Ranking) -> Picture:
 
     left = left_out(len(ranks.recipes) - len(names), "recipe", " with worse ranks")
     return draw(
-        "ranks",
+        "mean-ranks",
         f"Mean ranks over {ranks.blocks} blocks (model, ratio, calibration set). Recipes beside one bar do not differ "
         f"at 5 % (Nemenyi); the test that all are alike (Friedman) gives p = {ranks.p:.2g}.{left}",
         paint,

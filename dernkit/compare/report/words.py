@@ -37,7 +37,7 @@ def share(found: Interval) -> str:
 
 
 def _percent(share: float) -> str:
-    return number(round(100 * share) + 0.0, 0) if math.isfinite(share) else "−∞" if share < 0 else "∞"
+    return number(round(100 * share), 0) if math.isfinite(share) else "−∞" if share < 0 else "∞"
 
 
 def probability(p: float) -> str:
