@@ -39,6 +39,11 @@ class Picture:
     svg: str
     """An SVG element whose text has the colour of what is around it."""
 
+    @property
+    def broad(self) -> bool:
+        """Whether it would be too small in one of two columns."""
+        return self.width > 640
+
     def file(self) -> str:
         """The same as a file of its own: dark on white."""
         head = '<svg style="background:#ffffff;color:#222222"'
