@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dernkit.compare.report.drawing import FAINT, PALETTE, Picture, draw, heat, inner, slug, thin
+from dernkit.compare.report.drawing import FAINT, PALETTE, Picture, draw, heat, inner, scale, slug, thin
 from dernkit.compare.report.inputs import Results
 from dernkit.compare.report.words import left_out
 
@@ -44,7 +44,7 @@ def alike(results: Results, model: str) -> Iterator[Picture]:
             place.set(xlabel="in expert", ylabel="of expert")
             place.set_title(f"layer {name}", fontsize=9)
         inner(axes, len(chosen))
-        figure.colorbar(image, ax=axes, label="mean best cosine", pad=0.02, aspect=30)
+        scale(figure, image, axes, "mean best cosine")
 
     columns = min(2, len(chosen))
     lines = -(-len(chosen) // columns)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dernkit.compare.findings import Cell
-from dernkit.compare.report.drawing import DIVERGING, SEQUENTIAL, Picture, draw, heat, margin, short, slug
+from dernkit.compare.report.drawing import DIVERGING, SEQUENTIAL, Picture, draw, heat, margin, scale, short, slug
 from dernkit.compare.report.inputs import Block, Results
 from dernkit.compare.report.words import left_out
 
@@ -48,7 +48,7 @@ def _picture(results: Results, block: Block, cells: list[Cell], names: list[str]
             write="{:.3f}".format if len(columns) <= 12 else None,
         )
         word = "fall" if results.analysis.higher_is_better else "rise"
-        figure.colorbar(image, ax=axes[0, 0], label=word, pad=0.02, aspect=max(15, 2 * len(chosen)))
+        scale(figure, image, axes[0, 0], word)
 
     left = left_out(len(cells) - len(chosen), "recipe", " with more damage")
     left += left_out(len(names) - len(columns), "domain", " with less damage")

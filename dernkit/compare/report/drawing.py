@@ -88,7 +88,7 @@ def draw(
                 one.set_axis_off()
         text = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(text, format="svg", dpi=200, transparent=True, metadata=nothing)
     return Picture(name, caption, 96 * size[0], _element(text.getvalue(), name))
 
 
@@ -157,7 +157,7 @@ def heat(
     colours = colormaps[cmap].with_extremes(bad=bad)
     image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
     thin(axes.yaxis, rows)
-    thin(axes.xaxis, columns)
+    thin(axes.xaxis, columns, most=16)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if write:
@@ -166,6 +166,12 @@ def heat(
                 ink = "#ffffff" if _dark(image.to_rgba(np.array([value]))[0]) else "#111111"
                 axes.text(column, row, write(float(value)), ha="center", va="center", color=ink, fontsize=7.5)
     return image
+
+
+def scale(figure: Figure, image: Any, axes: Any, label: str) -> None:
+    """The colours' scale, equally wide beside any figure."""
+    height = figure.get_figheight() - 0.5
+    figure.colorbar(image, ax=axes, label=label, pad=0.02, aspect=max(8.0, height / 0.16))
 
 
 def _dark(colour: NDArray[np.float64]) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from dernkit.compare.report.drawing import Picture, draw, heat, inner, margin, short, slug, thin
+from dernkit.compare.report.drawing import Picture, draw, heat, inner, margin, scale, short, slug, thin
 from dernkit.compare.report.inputs import Results
 from dernkit.compare.report.words import left_out
 from dernkit.compare.rows import LayerFacts, Row
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PANELS, RECIPES, DROPPED = 6, 20, "#8c8c8c66"
 """Heat maps of scores or moves of a model, and lines of a heat map of errors."""
+VECTORS = 400
+"""With more marks than this they are drawn as one image."""
 Values = NDArray[np.float64]
 
 
@@ -31,7 +33,7 @@ def use(results: Results, model: str) -> Iterator[Picture]:
 
     def paint(figure: Figure, axes: Any) -> None:
         image = _panel(axes[0, 0], row.layers, 100 * values, (0, 100 * float(np.nanmax(values))))
-        figure.colorbar(image, ax=axes[0, 0], label="% of the tokens", pad=0.02)
+        scale(figure, image, axes[0, 0], "% of the tokens")
 
     least = 100 * float(np.nanmin(values))
     yield draw(
@@ -53,7 +55,14 @@ def scores(results: Results, model: str) -> Iterator[Picture]:
         image = _panel(axes, row.layers, _table(row.layers, _ranks), (0, 1))
         marks = [(expert, line) for line, layer in enumerate(row.layers) for expert in layer.kept]
         small = 14 if max(layer.experts for layer in row.layers) <= 16 else 5
-        axes.scatter(*zip(*marks, strict=True), s=small, color="#ffffff", edgecolors="#111111", linewidths=0.6)
+        axes.scatter(
+            *zip(*marks, strict=True),
+            s=small,
+            color="#ffffff",
+            edgecolors="#111111",
+            linewidths=0.6,
+            rasterized=len(marks) > VECTORS,
+        )
         return image
 
     yield _panels("scores", model, rows, fill, "score (rank in the layer)", "scores of the experts; dots: kept ones")
@@ -102,7 +111,7 @@ def _errors(model: str, keep: float, calibration: str, rows: Sequence[Row]) -> P
             write="{:.2g}".format if len(layers) <= 12 else None,
         )
         axes[0, 0].set_xlabel("layer")
-        figure.colorbar(image, ax=axes[0, 0], label="relative error", pad=0.02, aspect=max(15, 2 * len(chosen)))
+        scale(figure, image, axes[0, 0], "relative error")
 
     left = left_out(len(order) - len(chosen), "recipe", " with larger errors")
     return draw(
@@ -132,7 +141,7 @@ def _panels(
             image = fill(place, row)
             place.set_title(short(row.recipe, 32), fontsize=9)
         inner(axes, len(rows))
-        figure.colorbar(image, ax=axes, label=unit, pad=0.02, aspect=30)
+        scale(figure, image, axes, unit)
 
     columns = min(2, len(rows))
     lines = -(-len(rows) // columns)
@@ -150,13 +159,13 @@ def _panel(
     axes: Any, layers: Sequence[LayerFacts], values: Values, limits: tuple[float, float], bad: str = "#00000000"
 ) -> Any:
     image = heat(axes, values, rows=[str(layer.layer) for layer in layers], columns=[], limits=limits, bad=bad)
-    thin(axes.xaxis, [str(expert) for expert in range(values.shape[1])], most=12)
+    thin(axes.xaxis, [str(expert) for expert in range(values.shape[1])], most=8 if values.shape[1] > 100 else 12)
     axes.set(xlabel="expert", ylabel="layer")
     return image
 
 
 def _height(layers: int) -> float:
-    return 1.2 + min(0.25 * layers, 5.0)
+    return 1.2 + min(0.25 * layers, 4.0)
 
 
 def _table(layers: Sequence[LayerFacts], values: Callable[[LayerFacts], Sequence[float]]) -> Values:
