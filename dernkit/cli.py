@@ -26,6 +26,9 @@ _TRUST = click.option(
 )
 _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 
+_GO_ON = ("run", "compare")
+"""Commands that keep what they have done."""
+
 
 class _Commands(click.Group):
     """Turns dernkit's errors into their sentence and exit code."""
@@ -37,7 +40,7 @@ class _Commands(click.Group):
             click.echo(str(error), err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            goes_on = "; the same command goes on where it was" if ctx.invoked_subcommand == "run" else ""
+            goes_on = "; the same command goes on where it was" if ctx.invoked_subcommand in _GO_ON else ""
             click.echo(f"interrupted{goes_on}", err=True)
             sys.exit(130)
 
@@ -242,6 +245,33 @@ def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_
     with registry.naming_plugins():
         results = measure(path, bound.evaluators, for_terminal(), what="model", **options)
     click.echo(json.dumps(results, indent=1))
+
+
+@main.command()
+@click.argument("bench", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the results and the report.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, of one thread each.")
+@click.option("--checkpoints", is_flag=True, help="Also write the checkpoint of every cell, into OUT/checkpoints.")
+@_SET
+@_TRUST
+def compare(
+    bench: Path, out: Path, jobs: int, checkpoints: bool, overrides: tuple[str, ...], trust_remote_code: bool
+) -> None:
+    """Measure every recipe of BENCH on every model, at every ratio, with every seed; say which differ.
+
+    Cells that are measured are not measured again; a killed comparison goes on where it was.
+    """
+    registry = _registry()
+    from dernkit.compare.bench import load_bench
+    from dernkit.compare.engine import Comparison
+    from dernkit.compare.report import write_report
+    from dernkit.progress import for_terminal
+
+    bound = load_bench(bench, registry, overrides)
+    work = Comparison(bound, out, registry, for_terminal(), jobs, checkpoints, trust_remote_code)
+    click.echo(f"results: {work.execute()}")
+    for file in write_report(out, metric=bound.metric, baseline=bound.baseline):
+        click.echo(f"report:  {file}")
 
 
 @main.command()
