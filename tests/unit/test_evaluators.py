@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +20,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
-from dernkit.api import RecipeError, Subject
-from dernkit.builtin.evaluators import LmEval, Perplexity
+from dernkit.api import CheckpointError, RecipeError, Subject
+from dernkit.builtin.evaluators import Fidelity, Perplexity
+from dernkit.builtin.lm_eval import LmEval
 from dernkit.testing.checkpoints import VOCABULARY, tiny_model
 from tests.unit.workbench import TEXT, save_tokenizer
 
@@ -136,6 +139,7 @@ def test_a_hopeless_model_has_an_infinite_perplexity(text: Path) -> None:
 REFUSED = {
     "nothing there": ("none.txt", "must be a text file or a folder of *.txt. Got '{path}' instead."),
     "a folder without texts": ("empty", "must be a text file or a folder of *.txt. Got '{path}' instead."),
+    "an empty text": ("nothing.txt", "texts must have at least 2 tokens. Got 0 in '{path}' instead."),
     "one token": ("short.txt", "texts must have at least 2 tokens. Got 1 in '{path}' instead."),
     "not text": ("binary.txt", "must be UTF-8 text that can be read. Got '{path}' ('utf-8' codec"),
 }
@@ -145,11 +149,92 @@ REFUSED = {
 def test_texts_that_cannot_be_scored_are_refused(subject: Subject, tmp_path: Path, case: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.txt").write_text("w1")
+    (tmp_path / "nothing.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
     name, words = REFUSED[case]
     with pytest.raises(RecipeError) as caught:
         Perplexity(tmp_path / name).evaluate(subject)
     assert str(caught.value).startswith(f"perplexity.path: {words.format(path=tmp_path / name)}")
+
+
+def test_a_model_that_gives_no_numbers_is_refused(subject: Subject, text: Path) -> None:
+    def model(input_ids: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=torch.full((*input_ids.shape, VOCABULARY), math.nan))
+
+    model.get_input_embeddings = lambda: SimpleNamespace(num_embeddings=VOCABULARY)  # type: ignore[attr-defined]
+    broken = replace(subject, model=model, original=lambda: subject)
+    for evaluator, what in ((Perplexity(text), "loss"), (Fidelity(text), "divergence")):
+        with pytest.raises(CheckpointError) as caught:
+            evaluator.observe(broken)
+        assert str(caught.value) == (
+            f"{subject.path}: the model must give finite numbers. Got a {what} of nan on window 'calm:0' instead. "
+            "Look at its weights, or keep them in a wider dtype."
+        )
+
+
+def test_what_is_observed_adds_up_to_what_is_evaluated(subject: Subject, tmp_path: Path) -> None:
+    for name, words in (("law", TEXT[:300]), ("code", TEXT[300:390])):
+        (tmp_path / f"{name}.txt").write_text(words)
+    perplexity = Perplexity(tmp_path, length=16)
+    found, seen = perplexity.evaluate(subject), perplexity.observe(subject)
+    for domain in ("law", "code"):
+        assert seen["loss"].by_group()[domain] == pytest.approx(found[f"{domain}/loss"], rel=1e-12)
+        assert seen["bits_per_byte"].by_group()[domain] == pytest.approx(found[f"{domain}/bits_per_byte"], rel=1e-12)
+    assert seen["loss"].mean() == pytest.approx(found["mean/loss"], rel=1e-12)
+    assert seen["bits_per_byte"].weights.sum() == pytest.approx(390, rel=1e-12)
+
+
+def test_without_a_fast_tokenizer_bytes_are_spread_over_the_tokens(subject: Subject, text: Path) -> None:
+    def slow(words: str, verbose: bool) -> Any:
+        return subject.tokenizer(words, verbose=verbose)
+
+    plain, spread = (
+        Perplexity(text, length=16).observe(replace(subject, tokenizer=tokenizer))
+        for tokenizer in (subject.tokenizer, slow)
+    )
+    assert spread["loss"].values.tolist() == plain["loss"].values.tolist()
+    size, tokens = len(TEXT.encode()), len(subject.tokenizer(TEXT)["input_ids"])
+    scored = spread["loss"].weights.copy()
+    scored[0] += 1  # the first token is not scored, but its bytes are the first window's
+    assert spread["bits_per_byte"].weights == pytest.approx(scored * size / tokens, rel=1e-12)
+    assert plain["bits_per_byte"].weights.sum() == pytest.approx(size, rel=1e-12)
+
+
+def test_fidelity_of_the_original_and_of_the_same_weights_is_perfect(subject: Subject, text: Path) -> None:
+    fidelity = Fidelity(text, length=16)
+    itself = fidelity.observe(subject)
+    for twin in (subject, replace(subject, model=copy.deepcopy(subject.model))):
+        seen = fidelity.observe(replace(subject, original=lambda: twin))
+        for metric, exact in (("kl", 0), ("top1", 1)):
+            assert seen[metric].by_group() == {"calm": exact}
+            assert seen[metric].documents == itself[metric].documents
+            assert seen[metric].values.tolist() == itself[metric].values.tolist()
+    assert fidelity.evaluate(subject) == {"calm/kl": 0, "calm/top1": 1, "mean/kl": 0, "mean/top1": 1}
+
+
+def test_fidelity_is_the_nearer_to_perfect_the_nearer_the_weights_are(subject: Subject, tmp_path: Path) -> None:
+    for name, words in (("law", TEXT[:300]), ("code", TEXT[300:390])):
+        (tmp_path / f"{name}.txt").write_text(words)
+    found = []
+    for noise in (0.001, 0.05, 0.5):
+        model = copy.deepcopy(subject.model)
+        with torch.no_grad():
+            for tensor in model.parameters():
+                tensor.add_(noise * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
+        found.append(Fidelity(tmp_path, length=64).evaluate(replace(subject, model=model, original=lambda: subject)))
+    for name in ("law", "code", "mean"):
+        assert 0 < found[0][f"{name}/kl"] < found[1][f"{name}/kl"] < found[2][f"{name}/kl"]
+        assert 1 >= found[0][f"{name}/top1"] > found[1][f"{name}/top1"] > found[2][f"{name}/top1"]
+
+
+def test_an_original_with_another_vocabulary_is_refused(subject: Subject, text: Path) -> None:
+    other = Subject(tiny_model("qwen2_moe", num_hidden_layers=2, vocab_size=99), subject.tokenizer, text)
+    with pytest.raises(CheckpointError) as caught:
+        Fidelity(text).evaluate(replace(subject, original=lambda: other))
+    assert str(caught.value) == (
+        f"{subject.path}: must have the original's vocabulary of 99 tokens. Got {VOCABULARY} instead. "
+        "Compare it with the model that it was made from."
+    )
 
 
 TASK = """\
