@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
-import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +19,6 @@ from transformers import AutoTokenizer
 
 from dernkit.api import CheckpointError, RecipeError, Subject
 from dernkit.builtin.evaluators import Fidelity, Perplexity
-from dernkit.builtin.lm_eval import LmEval
 from dernkit.testing.checkpoints import VOCABULARY, tiny_model
 from tests.unit.workbench import TEXT, save_tokenizer
 
@@ -235,60 +231,3 @@ def test_an_original_with_another_vocabulary_is_refused(subject: Subject, text: 
         f"{subject.path}: must have the original's vocabulary of 99 tokens. Got {VOCABULARY} instead. "
         "Compare it with the model that it was made from."
     )
-
-
-TASK = """\
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{label}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
-
-
-@pytest.fixture
-def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with one task and its data; lm-eval's thousands of own tasks are not indexed."""
-    lm_tasks = pytest.importorskip("lm_eval.tasks")
-    monkeypatch.setattr(lm_tasks, "TaskManager", functools.partial(lm_tasks.TaskManager, include_defaults=False))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = [{"question": f"w{i} w{i + 1}", "choices": ["w3", "w4 w5"], "label": i % 2} for i in range(6)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/tiny.yaml").write_text(TASK.replace("FILE", str(tmp_path / "data.jsonl")))
-    yield tmp_path / "tasks"
-
-
-def test_lm_eval_runs_a_local_task(subject: Subject, tasks: Path) -> None:
-    found = LmEval(("tiny_choice",), include_path=tasks, batch_size=2, bootstrap=0).evaluate(subject)
-    assert found["tiny_choice/samples"] == 6
-    assert 0 <= found["tiny_choice/acc"] <= 1
-    right = 0
-    for i in range(6):
-        scores = [choice_score(subject, f"w{i} w{i + 1}", choice) for choice in ("w3", "w4 w5")]
-        right += scores.index(max(scores)) == i % 2
-    assert found["tiny_choice/acc"] == right / 6
-
-
-def choice_score(subject: Subject, question: str, choice: str) -> float:
-    """Summed log-likelihood of the choice after the question."""
-    ids = torch.tensor(subject.tokenizer(f"{question} {choice}")["input_ids"])
-    return -float(nats(subject.model, ids)[-len(choice.split()) :].sum())
-
-
-def test_an_unknown_task_is_refused(subject: Subject, tasks: Path) -> None:
-    with pytest.raises(RecipeError) as caught:
-        LmEval(("tiny_choice", "arc_esay"), include_path=tasks).evaluate(subject)
-    assert str(caught.value) == (
-        "lm-eval.tasks: must be tasks that lm-eval knows. Got 'arc_esay' instead. List them with: lm_eval ls tasks"
-    )
-
-
-def test_a_task_without_its_data_is_refused(subject: Subject, tasks: Path) -> None:
-    (tasks.parent / "data.jsonl").unlink()
-    with pytest.raises(RecipeError, match=r"^lm-eval\.tasks: must run to their end\. Got 'FileNotFoundError: Unable"):
-        LmEval(("tiny_choice",), include_path=tasks).evaluate(subject)
