@@ -47,6 +47,8 @@ BUILTINS = (
     "dernkit.builtin.routers",
     "dernkit.builtin.sources",
     "dernkit.builtin.evaluators",
+    "dernkit.builtin.generation",
+    "dernkit.builtin.lm_eval",
     "dernkit.builtin.reports",
     "dernkit.models.universal",
 )

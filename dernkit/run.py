@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
+from torch import Tensor
 
 from dernkit import card, given
 from dernkit.artifacts import (
@@ -39,7 +40,7 @@ from dernkit.models.folder import TOKENIZER, other_files
 from dernkit.models.source import SourceModel, open_source
 from dernkit.parts import ACTING, DECIDING, Parts
 from dernkit.progress import Progress
-from dernkit.recipe import Recipe
+from dernkit.recipe import CalibrateSpec, Recipe
 from dernkit.registry import Registry
 from dernkit.sentences import reason
 from dernkit.stages import apply, calibrate, evaluate, journal, plan, sequential
@@ -124,11 +125,7 @@ class Run:
         if self._calibrates and self.recipe.calibrate is not None:
             reads.append(("calibrate.source", self.recipe.calibrate.source))
         for where, component in reads:
-            for path in missing_paths(component):
-                raise RecipeError(
-                    f"{where}: {path} must exist. Got a path where nothing is instead. "
-                    f"Correct the recipe, or override it with --set."
-                )
+            refuse_missing(where, component)
 
     @property
     def _calibrates(self) -> bool:
@@ -187,11 +184,7 @@ class Run:
         key = given.stats_key(fingerprint, made_from, sequential=self._sequential)
 
         def work() -> None:
-            tokenizer = evaluate.load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
-            rng = torch.Generator().manual_seed(self.recipe.seed)
-            tokens = calls.tokens(spec.source, tokenizer, spec.sequences, spec.length, rng)
-            calibrate.check_vocabulary(source, tokens)
-            batches = calibrate.batched(tokens, spec.batch_size)
+            batches = calibration_batches(source, spec, self.recipe.seed)
             options: Any = {"sample_size": spec.sample, "seed": self.recipe.seed, "progress": self.progress}
             plans = None
             if self._sequential:
@@ -328,3 +321,25 @@ class Run:
         facts = gather(self.out, source, self.model, self.recipe)
         self._place.write(report.filename, calls.render(report, facts))
         return self.out / report.filename
+
+
+def refuse_missing(where: str, component: Any) -> None:
+    """Refuse a component whose files are not there.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    for path in missing_paths(component):
+        raise RecipeError(
+            f"{where}: {path} must exist. Got a path where nothing is instead. "
+            f"Correct the recipe, or override it with --set."
+        )
+
+
+def calibration_batches(source: SourceModel, spec: CalibrateSpec, seed: int) -> list[Tensor]:
+    """Token ids [b, s] that a recipe's statistics are collected on, by the model's own tokenizer."""
+    tokenizer = evaluate.load_tokenizer(source.path, trust_remote_code=source.trust_remote_code)
+    rng = torch.Generator().manual_seed(seed)
+    tokens = calls.tokens(spec.source, tokenizer, spec.sequences, spec.length, rng)
+    calibrate.check_vocabulary(source, tokens)
+    return calibrate.batched(tokens, spec.batch_size)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -65,8 +66,20 @@ class Routing:
     """What the router's rows are multiplied with: its inputs, normalised or projected where the family does that."""
 
 
-Route = Callable[[Tensor, "Tensor | None"], Routing]
-"""``route(router inputs [n, ·], experts [K] or None)``: the model's own router, all other experts' logits masked."""
+@runtime_checkable
+class Route(Protocol):
+    """The model's own router."""
+
+    def __call__(self, inputs: Tensor, experts: Tensor | None = None, rows: Tensor | None = None) -> Routing:
+        """What it does with router inputs [n, ·].
+
+        Args:
+            inputs: of `LayerStats.router_inputs`.
+            experts: those that it chooses among, by their index [K]; all other logits are masked. None: all.
+            rows: router rows [K, row] of these experts instead of their own; where the family adds a bias to the
+                logits, it is the last feature of each row.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dernkit.api import ExpertBank, LayerDims, LayerStats, RecipeError, Routing, Scorer, hookimpl
 from dernkit.builtin.scorers import Reap
-from dernkit.kernel.planning import score_layer
+from dernkit.kernel import calls
 from dernkit.kernel.subsets import reroute
 
 
@@ -68,7 +68,7 @@ class Protect:
         if self.super_experts:
             routing = reroute(bank, stats.router_inputs)
             protected |= _extreme(_peaks(bank, stats["sample"], routing), self.factor)
-        return _lifted(score_layer(bank, stats, self.scorer), protected)
+        return _lifted(calls.score(self.scorer, bank, stats), protected)
 
     def _named(self, dims: LayerDims) -> Bool[Tensor, " experts"]:
         protected = torch.zeros(dims.experts, dtype=torch.bool)

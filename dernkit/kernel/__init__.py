@@ -12,6 +12,7 @@
 `ridge`         ridge regression in closed form
 `segments`      segments back into gate, up and down tensors
 `outputs`       what experts and neurons do on sampled inputs
+`layer_error`   how far a compressed layer's output is from the original's
 `contracts`     the laws of components, and the sentence that says who broke one
 `calls`         the one place where components are called and held to them
 `planning`      scores, kept experts and moves of one layer

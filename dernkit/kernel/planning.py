@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from dernkit.api import Assigner, Budget, Scorer, Selector
+from dernkit.api import Assigner, Scorer, Selector
 from dernkit.kernel import calls
 from dernkit.types import Assignment, ExpertBank, LayerPlan, LayerStats
 
@@ -20,18 +20,8 @@ def plan_layer(
     assigner: Assigner | None,
 ) -> LayerPlan:
     """Score the experts, keep ``kept_count``, assign the other experts' segments (None: discard them)."""
-    scores = score_layer(bank, stats, scorer)
+    scores = calls.score(scorer, bank, stats)
     return plan_from_scores(bank, stats, scores, kept_count, selector, assigner)
-
-
-def score_layer(bank: ExpertBank, stats: LayerStats, scorer: Scorer) -> Float64[Tensor, " experts"]:
-    """The scorer's float64 scores on the CPU, from no statistics but those that it declares."""
-    return calls.score(scorer, bank, stats)
-
-
-def measure_layer(bank: ExpertBank, stats: LayerStats, scores: Float64[Tensor, " experts"], budget: Budget) -> Tensor:
-    """What a budget wants to know of this layer, on the CPU."""
-    return calls.measure(budget, bank, scores, stats)
 
 
 def plan_from_scores(

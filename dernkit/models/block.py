@@ -75,7 +75,7 @@ class UniversalBlock:
             finish=layout.finish(experts),
             coefficient_on_input=layout.coefficient_on_input,
             tables={name: tensor_of(self.module, name) for name in self.tables},
-            router_bias=self._router_bias(),
+            router_bias=self.router_bias,
             route=self.route(),
         )
 
@@ -83,8 +83,9 @@ class UniversalBlock:
         """`ExpertBank.route`; ``ones``: see :func:`dernkit.models.rerouting.route_of`."""
         return route_of(self, lambda: self.rehearsal().alone, lambda: self.rehearsal().scale, ones)
 
-    def _router_bias(self) -> str | None:
-        """That of the linear map which the router's rows belong to; correction biases have names of their own."""
+    @property
+    def router_bias(self) -> str | None:
+        """Name of the bias of the linear map that the router's rows are; correction biases have other names."""
         name = self.router_name.removesuffix("weight") + "bias"
         return name if self.router_name.endswith("weight") and name in self.per_expert_dims else None
 

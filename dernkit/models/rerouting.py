@@ -2,12 +2,14 @@
 
 A copy of the block runs without its experts. Its router's matrix product is seen on the way: there are the logits, and
 there those of all but the wanted experts become −∞. That this is the pruned model's routing is a law of all families.
+New router rows are put into the copy for as long as it runs.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +33,9 @@ class Routable(Protocol):
     router_name: str
     per_expert_dims: dict[str, int]
     tables: tuple[str, ...]
+
+    @property
+    def router_bias(self) -> str | None: ...
 
     @property
     def experts_below(self) -> str: ...
@@ -88,7 +93,7 @@ def route_of(block: Routable, alone: Callable[[], bool], scale: Callable[[], flo
     """
     copies: list[Any] = []
 
-    def route(inputs: Tensor, experts: Tensor | None = None) -> Routing:
+    def route(inputs: Tensor, experts: Tensor | None = None, rows: Tensor | None = None) -> Routing:
         if block.tables:
             raise CheckpointError(
                 f"layer {block.dims.layer}: experts must be chosen by a router for tokens to be routed again. Got a "
@@ -103,7 +108,8 @@ def route_of(block: Routable, alone: Callable[[], bool], scale: Callable[[], flo
             )
         if not copies:
             copies.append(_copy(block, ones))
-        return routed(block, copies[0], inputs, experts, alone(), scale())
+        with _with_rows(block, copies[0], experts, rows):
+            return routed(block, copies[0], inputs, experts, alone(), scale())
 
     return route
 
@@ -134,6 +140,28 @@ def _copy(block: Routable, ones: Mapping[str, Any]) -> Any:
         for name in names:
             setattr(module.get_submodule(path), name, 1)
     return module
+
+
+@contextmanager
+def _with_rows(block: Routable, module: Any, experts: Tensor | None, rows: Tensor | None) -> Iterator[None]:
+    """The module with other rows of the router, and other biases of its logits, for some experts (None: all)."""
+    if rows is None:
+        yield
+        return
+    places = torch.arange(block.dims.experts) if experts is None else experts
+    weight = module.get_parameter(block.router_name).data
+    parts = [(weight, 0, rows[:, : weight.shape[1]])]
+    if block.router_bias is not None:
+        bias = dict((*module.named_parameters(), *module.named_buffers()))[block.router_bias].data
+        parts.append((bias, block.per_expert_dims[block.router_bias], rows[:, -1]))
+    before = [tensor.clone() for tensor, *_ in parts]
+    try:
+        for tensor, dim, values in parts:
+            tensor.index_copy_(dim, places, values.to(tensor.dtype))
+        yield
+    finally:
+        for (tensor, *_), values in zip(parts, before, strict=True):
+            tensor.copy_(values)
 
 
 @torch.no_grad()

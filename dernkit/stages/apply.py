@@ -120,16 +120,11 @@ def apply_checkpoint(
         export: how layers that keep different numbers of experts are written; see `dernkit.models.export`.
         stats: of every layer, for a merge or router that reads some.
     """
-    store, blocks = source.open(keep_dtypes=True)
-    blocks = regrouped(store.model, blocks, collapse=_one_group(plans))
-    _check_fit(blocks, plans)
-    result = export_of(blocks, [len(plan.kept) for plan in plans], export)
-    works = [_Work(block.layer, store, block, plan, result) for block, plan in zip(blocks, plans, strict=True)]
+    works, result = _works(source, plans, mtp, export)
+    store, blocks = works[0].store, [work.block for work in works[: len(plans)]]
     check_new_width(blocks, width)
     width = target_width(plans, merge, width)
     dropped = source.mtp.tensors if mtp == "drop" else ()
-    if mtp == "compress":
-        works += [_Work(x.path, *source.open_mtp(x, keep_dtypes=True), plans[-1], result) for x in source.mtp.layers]
     replaced, removed = _layout(works, width)
     writer = ShardWriter(source.checkpoint, folder, replaced, removed.union(dropped))
     store.refuse_non_finite_on_disk(writer.copied)
@@ -154,6 +149,24 @@ def apply_checkpoint(
         check_padding(*written.open(), result.counts)
     journal.remove()
     return result
+
+
+def result_bytes(
+    source: SourceModel, plans: Sequence[LayerPlan], width: int, *, mtp: str = "compress", export: str = "auto"
+) -> int:
+    """Bytes of all tensors that `apply_checkpoint` writes; no weights are read, and no moves.
+
+    Args:
+        source: the model.
+        plans: one per MoE block, in layer order.
+        width: of every expert after surgery (`target_width`).
+        mtp: as there.
+        export: as there.
+    """
+    replaced, removed = _layout(_works(source, plans, mtp, export)[0], width)
+    gone = removed.union(replaced, source.mtp.tensors if mtp == "drop" else ())
+    stays = (entry for name, entry in source.checkpoint.tensors.items() if name not in gone)
+    return sum(entry.end - entry.start for entry in stays) + sum(tensor.nbytes for tensor in replaced.values())
 
 
 def check_new_width(blocks: Sequence[Block], width: int | None) -> None:
@@ -182,6 +195,18 @@ class _Work:
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """In-memory tensors under their names in the checkpoint's files."""
         return {self.store.checkpoint.stored(key): value for key, value in self.store.to_disk(tensors).items()}
+
+
+def _works(source: SourceModel, plans: Sequence[LayerPlan], mtp: str, export: str) -> tuple[list[_Work], Export]:
+    """All MoE blocks, those of multi-token-prediction layers behind the others."""
+    store, blocks = source.open(keep_dtypes=True)
+    blocks = regrouped(store.model, blocks, collapse=_one_group(plans))
+    _check_fit(blocks, plans)
+    result = export_of(blocks, [len(plan.kept) for plan in plans], export)
+    works = [_Work(block.layer, store, block, plan, result) for block, plan in zip(blocks, plans, strict=True)]
+    if mtp == "compress":
+        works += [_Work(x.path, *source.open_mtp(x, keep_dtypes=True), plans[-1], result) for x in source.mtp.layers]
+    return works, result
 
 
 def _one_group(plans: Sequence[LayerPlan]) -> bool:

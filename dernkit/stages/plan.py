@@ -16,11 +16,11 @@ from torch import Tensor
 from dernkit.api import Assigner, Block, Budget, Scorer, Selector
 from dernkit.errors import CheckpointError
 from dernkit.kernel import calls
-from dernkit.kernel.planning import measure_layer, plan_from_scores, plan_layer, score_layer
+from dernkit.kernel.planning import plan_from_scores, plan_layer
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.groups import regrouped
 from dernkit.models.source import SourceModel
-from dernkit.progress import Progress
+from dernkit.progress import Progress, Tracker
 from dernkit.sentences import reason
 from dernkit.types import Assignment, LayerPlan, LayerStats
 
@@ -47,7 +47,9 @@ class Decisions(Protocol):
 
 
 @runtime_checkable
-class _Weights(Protocol):
+class Weights(Protocol):
+    """Makes the parameters below a module's path real, or lets them go."""
+
     def load(self, prefix: str) -> Any: ...
     def unload(self, prefix: str) -> Any: ...
 
@@ -86,7 +88,7 @@ def plan_blocks(
     blocks: Sequence[Block],
     decisions: Decisions,
     stats: Mapping[int, LayerStats],
-    weights: _Weights,
+    weights: Weights,
     progress: Progress,
 ) -> list[LayerPlan]:
     """Score every block, divide the budget, then keep and assign. ``blocks`` are `regrouped` as decided.
@@ -98,32 +100,50 @@ def plan_blocks(
     again = decisions.assigner is not None or decisions.selector.groups or bool(decisions.selector.requires)
     passes = 1 + again
     with progress.track("plan", passes * len(blocks), "layers") as tracker:
-        scores, measures = [], []
-        for block in blocks:
-            weights.load(block.path)
-            block.check()
-            scores.append(score_layer(block.bank(), _of(stats, block), decisions.scorer))
-            measures.append(measure_layer(block.bank(), _of(stats, block), scores[-1], decisions.budget))
-            weights.unload(block.path)
-            tracker.advance(1, f"score, layer {block.layer}")
-        counts = _allocate(blocks, decisions, measures)
+        scores, measures = score_blocks(blocks, decisions, stats, weights, tracker)
+        counts = allocate(blocks, decisions, measures)
         plans = []
         for block, score, count in zip(blocks, scores, counts, strict=True):
             if again:
                 weights.load(block.path)
                 tracker.advance(1, f"assign, layer {block.layer}")
-            plan = plan_from_scores(
-                block.bank(), _of(stats, block), score, count, decisions.selector, decisions.assigner
-            )
-            plans.append(replace(plan, one_group=decisions.groups == "collapse"))
+            plans.append(decide(block, decisions, stats, score, count))
             if again:
                 weights.unload(block.path)
     return plans
 
 
+def score_blocks(
+    blocks: Sequence[Block],
+    decisions: Decisions,
+    stats: Mapping[int, LayerStats],
+    weights: Weights,
+    tracker: Tracker,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The experts' scores in every block, and what the budget wants to know of it; one block's weights in memory."""
+    scores, measures = [], []
+    for block in blocks:
+        weights.load(block.path)
+        block.check()
+        scores.append(calls.score(decisions.scorer, block.bank(), _of(stats, block)))
+        measures.append(calls.measure(decisions.budget, block.bank(), scores[-1], _of(stats, block)))
+        weights.unload(block.path)
+        tracker.advance(1, f"score, layer {block.layer}")
+    return scores, measures
+
+
+def decide(
+    block: Block, decisions: Decisions, stats: Mapping[int, LayerStats], scores: Tensor, count: int
+) -> LayerPlan:
+    """Which of a block's experts stay, and where the others' segments go; its weights are loaded."""
+    bank, seen = block.bank(), _of(stats, block)
+    plan = plan_from_scores(bank, seen, scores, count, decisions.selector, decisions.assigner)
+    return replace(plan, one_group=decisions.groups == "collapse")
+
+
 def known_counts(blocks: Sequence[Block], decisions: Decisions) -> list[int]:
     """The counts of a budget that needs no measures; ``blocks`` are `regrouped` as decided."""
-    return _allocate(blocks, decisions, [])
+    return allocate(blocks, decisions, [])
 
 
 def plan_block(block: Block, decisions: Decisions, stats: LayerStats, count: int) -> LayerPlan:
@@ -137,7 +157,8 @@ def _of(stats: Mapping[int, LayerStats], block: Block) -> LayerStats:
     return stats.get(block.layer, LayerStats(tokens=0))
 
 
-def _allocate(blocks: Sequence[Block], decisions: Decisions, measures: list[Tensor]) -> list[int]:
+def allocate(blocks: Sequence[Block], decisions: Decisions, measures: Sequence[Tensor]) -> list[int]:
+    """How many experts each block keeps; ``measures`` are those of `score_blocks`."""
     bounds = [limits(block.dims) for block in blocks]
     return calls.allocate(decisions.budget, measures, decisions.keep, bounds)
 

@@ -49,8 +49,12 @@ def random_bank(
 def softmax_route(router: Float[Tensor, "experts hidden"], top_k: int) -> Route:
     """Softmax over the top-k logits, as in Mixtral; of a tie the lowest index."""
 
-    def route(inputs: Tensor, experts: Tensor | None = None) -> Routing:
-        logits = inputs.to(torch.float32) @ router.to(torch.float32).T
+    def route(inputs: Tensor, experts: Tensor | None = None, rows: Tensor | None = None) -> Routing:
+        used = router.to(torch.float32)
+        if rows is not None:
+            places = torch.arange(len(router)) if experts is None else experts
+            used = used.index_copy(0, places, rows.to(torch.float32))
+        logits = inputs.to(torch.float32) @ used.T
         if experts is not None:
             masked = torch.full_like(logits, -torch.inf)
             masked[:, experts] = logits[:, experts]

@@ -11,7 +11,8 @@ from dernkit.builtin.assigners import Affinity
 from dernkit.builtin.scorers import GateMass
 from dernkit.builtin.selectors import TopScore
 from dernkit.errors import ContractError
-from dernkit.kernel.planning import plan_from_scores, plan_layer, score_layer
+from dernkit.kernel import calls
+from dernkit.kernel.planning import plan_from_scores, plan_layer
 from dernkit.testing.banks import random_bank, random_stats
 from dernkit.types import Assignment, ExpertBank, LayerStats, Retention
 
@@ -37,9 +38,9 @@ class Scripted:
 
 def test_components_see_only_the_statistics_that_they_declare() -> None:
     with pytest.raises(ContractError, match="statistic 'routed': must be declared"):
-        score_layer(BANK, STATS, Scripted(lambda stats: stats["routed"]))
+        calls.score(Scripted(lambda stats: stats["routed"]), BANK, STATS)
     scorer = Scripted(lambda stats: stats["routed"], requires=frozenset({"routed"}))
-    assert torch.equal(score_layer(BANK, STATS, scorer), STATS["routed"])
+    assert torch.equal(calls.score(scorer, BANK, STATS), STATS["routed"])
     with pytest.raises(ContractError, match="statistic 'sample': must be declared"):
         plan_layer(BANK, STATS, GateMass(), 2, TopScore(), Scripted(lambda stats: stats["sample"]))
 

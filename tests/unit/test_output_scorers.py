@@ -7,8 +7,8 @@ import torch
 from dernkit.builtin.output_scorers import RankedChoice, Reconstruction
 from dernkit.builtin.selectors import BestSubset
 from dernkit.errors import CheckpointError
+from dernkit.kernel import calls
 from dernkit.kernel.outputs import layer_output
-from dernkit.kernel.planning import score_layer
 from dernkit.models.stack import find_blocks
 from dernkit.models.universal import Universal
 from dernkit.progress import Silent
@@ -44,8 +44,8 @@ def voters(bank: ExpertBank, preferences: list[list[int]]) -> tuple[ExpertBank, 
 def test_scores_follow_the_experts_when_these_are_permuted(scorer: Any, top_k: int) -> None:
     bank, order = random_bank(6, top_k=top_k), torch.tensor([3, 0, 5, 4, 1, 2])
     stats = random_stats(bank, sample=40)
-    shuffled = score_layer(permute_experts(bank, order), permute_stats(stats, order), scorer)
-    torch.testing.assert_close(shuffled, score_layer(bank, stats, scorer)[order])
+    shuffled = calls.score(scorer, permute_experts(bank, order), permute_stats(stats, order))
+    torch.testing.assert_close(shuffled, calls.score(scorer, bank, stats)[order])
 
 
 @pytest.mark.parametrize("scorer", SCORERS, ids=str)
@@ -54,8 +54,8 @@ def test_scores_are_finite_and_change_nothing(scorer: Any) -> None:
     stats = random_stats(bank)
     tensors = (bank.gate, bank.up, bank.down, bank.router, *stats.values.values())
     before, state = [tensor.clone() for tensor in tensors], torch.get_rng_state()
-    first = score_layer(bank, stats, scorer)
-    assert torch.equal(score_layer(bank, stats, scorer), first)
+    first = calls.score(scorer, bank, stats)
+    assert torch.equal(calls.score(scorer, bank, stats), first)
     assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -10,7 +10,7 @@ from dernkit.builtin.protection import Protect
 from dernkit.builtin.scorers import GateMass, Random, RouterFrequency
 from dernkit.builtin.weight_scorers import WeightNorm
 from dernkit.errors import CheckpointError, ContractError, RecipeError
-from dernkit.kernel.planning import score_layer
+from dernkit.kernel import calls
 from dernkit.recipe import load_recipe
 from dernkit.registry import Registry
 from dernkit.testing.banks import copy_expert, permute_experts, permute_stats, random_bank, random_stats
@@ -25,7 +25,7 @@ def lifted(scorer: Protect, routed: list[float], layer: int = 3) -> list[float]:
     """Scores by how often experts are chosen, in a layer of 10 tokens."""
     bank = random_bank(len(routed), layer=layer)
     stats = LayerStats(10, {"routed": torch.tensor(routed, dtype=torch.float64)})
-    return [10 * score for score in score_layer(bank, stats, scorer).tolist()]
+    return [10 * score for score in calls.score(scorer, bank, stats).tolist()]
 
 
 def loud(expert: int, factor: float) -> ExpertBank:
@@ -95,8 +95,8 @@ class Falling:
 def test_super_experts_follow_when_experts_are_permuted(factor: float) -> None:
     bank, order = random_bank(6), torch.tensor([3, 0, 5, 4, 1, 2])
     stats = random_stats(bank, sample=64)
-    scores = score_layer(bank, stats, Protect(factor=factor))
-    shuffled = score_layer(permute_experts(bank, order), permute_stats(stats, order), Protect(factor=factor))
+    scores = calls.score(Protect(factor=factor), bank, stats)
+    shuffled = calls.score(Protect(factor=factor), permute_experts(bank, order), permute_stats(stats, order))
     assert torch.equal(shuffled, scores[order])
 
 

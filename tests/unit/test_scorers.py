@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dernkit.builtin.scorers import Ean, GateMass, Man, Msan, Random, Reap, RouterFrequency
-from dernkit.kernel.planning import score_layer
+from dernkit.kernel import calls
 from dernkit.testing.banks import permute_experts, permute_stats, random_bank, random_stats
 from dernkit.types import LayerStats
 
@@ -56,14 +56,14 @@ def test_gate_mass_counts_routed_tokens_only_where_it_divides_by_them() -> None:
 @pytest.mark.parametrize("tokens", [0, 10])
 def test_experts_without_tokens_have_finite_scores(scorer: Any, tokens: int) -> None:
     dead = stats(tokens, **{key: [0, 0, 0] for key in STATISTICS})
-    assert bool(score_layer(BANK, dead, scorer).isfinite().all())
+    assert bool(calls.score(scorer, BANK, dead).isfinite().all())
 
 
 @pytest.mark.parametrize("scorer", SCORERS, ids=name)
 def test_scores_follow_the_experts_when_these_are_permuted(scorer: Any) -> None:
     bank, order = random_bank(5), torch.tensor([3, 0, 4, 1, 2])
-    shuffled = score_layer(permute_experts(bank, order), permute_stats(random_stats(bank), order), scorer)
-    assert torch.equal(shuffled, score_layer(bank, random_stats(bank), scorer)[order])
+    shuffled = calls.score(scorer, permute_experts(bank, order), permute_stats(random_stats(bank), order))
+    assert torch.equal(shuffled, calls.score(scorer, bank, random_stats(bank))[order])
 
 
 def test_random_depends_on_seed_and_layer_only() -> None:

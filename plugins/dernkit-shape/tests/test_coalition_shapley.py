@@ -8,7 +8,7 @@ import torch
 from dernkit_shape import CoalitionShapley
 
 from dernkit.errors import CheckpointError
-from dernkit.kernel.planning import score_layer
+from dernkit.kernel import calls
 from dernkit.testing.banks import permute_experts, random_bank, random_stats
 from dernkit.types import ExpertBank, LayerStats, Routing
 
@@ -23,7 +23,7 @@ def routed(chosen: list[list[int]], experts: int = 4, weights: list[list[float]]
 
 
 def scored(bank: ExpertBank, scorer: CoalitionShapley | None = None, tokens: int = 64) -> torch.Tensor:
-    return score_layer(bank, random_stats(bank, sample=tokens), scorer or CoalitionShapley())
+    return calls.score(scorer or CoalitionShapley(), bank, random_stats(bank, sample=tokens))
 
 
 def test_the_worth_of_four_experts_as_a_hand_counts_it() -> None:
@@ -53,7 +53,7 @@ def test_the_models_own_router_says_what_the_coalitions_are() -> None:
     stats = random_stats(bank, sample=200)
     chosen = (stats["sample"] @ bank.router.T).argsort(dim=1, descending=True)[:, :3].tolist()
     slow = [float(x) for x in reference.contributions(chosen, 8)]
-    assert score_layer(bank, stats, CoalitionShapley()).tolist() == pytest.approx(slow, abs=1e-12)
+    assert calls.score(CoalitionShapley(), bank, stats).tolist() == pytest.approx(slow, abs=1e-12)
 
 
 def test_without_subtraction_it_is_the_routing_frequency() -> None:
@@ -78,10 +78,10 @@ def test_choices_without_a_weight_and_identity_experts_are_in_no_coalition() -> 
 def test_experts_and_tokens_in_another_order_are_worth_the_same() -> None:
     bank, order = random_bank(8, 3, 4), torch.tensor([5, 2, 7, 0, 3, 6, 1, 4])
     stats = random_stats(bank, sample=300)
-    scores = score_layer(bank, stats, CoalitionShapley())
-    assert torch.equal(score_layer(permute_experts(bank, order), stats, CoalitionShapley()), scores[order])
+    scores = calls.score(CoalitionShapley(), bank, stats)
+    assert torch.equal(calls.score(CoalitionShapley(), permute_experts(bank, order), stats), scores[order])
     turned = LayerStats(stats.tokens, {name: value.flip(0) for name, value in stats.values.items()}, 300)
-    assert torch.equal(score_layer(bank, turned, CoalitionShapley()), scores)
+    assert torch.equal(calls.score(CoalitionShapley(), bank, turned), scores)
     assert float(scores.min()) >= 0 and float(scores.max()) > 0
 
 
