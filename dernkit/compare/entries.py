@@ -13,7 +13,6 @@ from dernkit.binding import Binder
 from dernkit.document import Document, Keys, override, read_document
 from dernkit.errors import RecipeError
 from dernkit.recipe import Recipe, bind_document
-from dernkit.registry import Registry
 from dernkit.sentences import expected, shown
 from dernkit.shapes import FilePath, Shape, Text
 

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from dernkit.compare.cells import Task
+from dernkit.compare.cells import Context, Task
 from dernkit.errors import CheckpointError, DernkitError
 from dernkit.sentences import reason
 
@@ -99,14 +99,13 @@ class _Queue:
         """The first one that needs the calibration of the ``last`` one, or else its model, or else the first."""
         if not self.left:
             return None
-        place = 0
-        if last is not None:
-            near = [
-                (t.context.key != last.context.key, t.context.subject.name != last.context.subject.name)
-                for t in self.left
-            ]
-            place = near.index(min(near, key=lambda pair: (pair[1], pair[0])))
-        return self.left.pop(place)
+        far = [0 if last is None else _distance(task.context, last.context) for task in self.left]
+        return self.left.pop(far.index(min(far)))
+
+
+def _distance(one: Context, other: Context) -> int:
+    """What must be got ready: nothing, a calibration, or a model."""
+    return 2 if one.subject.name != other.subject.name else int(one.key != other.key)
 
 
 @dataclass(slots=True)
