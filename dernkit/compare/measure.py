@@ -119,7 +119,8 @@ class Laboratory:
         before, live = loaded.subject.sizes, live_sizes(model, frozenset(names))
         parameters, size, experts = (x - y + z for x, y, z in zip(before, loaded.sizes, live, strict=True))
         original = loaded.original
-        subject = Measured(model.float(), original.tokenizer, original.path, lambda: original)
+        Memory().attach(model.float())  # evaluators look at the same texts
+        subject = Measured(model, original.tokenizer, original.path, lambda: original)
         observations, metrics = _observed(loaded.subject.evaluators, subject)
         return _row(
             cell,
