@@ -120,7 +120,7 @@ def _axes(binder: Binder, keys: Keys) -> dict[str, list[Any]]:
             binder.problem((*keys, name), expected("a list of values", values))
             continue
         axes[name] = values
-    if not axes and not binder.document.problems:
+    if not binder.value(keys):
         binder.problem(keys, "must have an axis at least. Got none instead.")
     return axes
 
