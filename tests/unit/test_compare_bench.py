@@ -170,7 +170,7 @@ CASES: list[tuple[str, str, list[str]]] = [
             "bench.yaml:4: models.large.recipes: must be names that the bench defines. Got 'dern' instead. "
             "Known: prune, sequential.",
             "bench.yaml:16: grids.0.axis: 'grids.0' has no key 'axis'. Did you mean 'axes'?",
-            "bench.yaml:16: grids.0.axes: must have an axis at least. Got none instead.",
+            "bench.yaml:14: grids.0.axes: must have an axis at least. Got none instead.",
         ],
     ),
     (
