@@ -275,6 +275,53 @@ def compare(
 
 
 @main.command()
+@_RECIPE
+@_MODEL
+@click.option("--keep", metavar="N,N,...", help="Ratios (0.5) or counts (4); by default all legal, thinned to 8.")
+@click.option("--rise", type=click.FloatRange(min=0), default=0.05, show_default=True, help="Nats per token to spend.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Also write all of it there, as JSON.")
+@click.option(
+    "--statistics",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The stats.safetensors of a run with this model, with a sample, used instead of calibrating.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_SET
+@_TRUST
+def profile(
+    recipe: Path,
+    model: str,
+    keep: str | None,
+    rise: float,
+    out: Path | None,
+    statistics: Path | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+    trust_remote_code: bool,
+) -> None:
+    """Say how far MODEL can be cut by RECIPE, from one calibration, without running the results.
+
+    For every ratio, how much each layer's output changes on sampled inputs, and what loss testbeds had at such changes.
+    """
+    registry = _registry()
+    from dernkit.models.hub import resolve
+    from dernkit.profiling import command
+    from dernkit.progress import for_terminal
+    from dernkit.recipe import load_recipe
+
+    bound, keeps = load_recipe(recipe, registry, overrides), command.parse_keeps(keep)
+    options: dict[str, Any] = {"given": statistics, "rise": rise, "trust_remote_code": trust_remote_code}
+    told = command.profile(bound, model, resolve(model), registry, for_terminal(), keeps=keeps, **options)
+    if out is not None:
+        command.save(told, out)
+    if as_json:
+        click.echo(json.dumps(told, indent=1))
+    else:
+        command.show(told)
+
+
+@main.command()
 @click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
 def report(run_directory: Path) -> None:
     """Print the report of a finished run."""

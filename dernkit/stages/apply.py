@@ -120,7 +120,7 @@ def apply_checkpoint(
         export: how layers that keep different numbers of experts are written; see `dernkit.models.export`.
         stats: of every layer, for a merge or router that reads some.
     """
-    works, result = _works(source, plans, mtp, export)
+    works, result = _works(_open(source, mtp), plans, export)
     store, blocks = works[0].store, [work.block for work in works[: len(plans)]]
     check_new_width(blocks, width)
     width = target_width(plans, merge, width)
@@ -152,21 +152,29 @@ def apply_checkpoint(
 
 
 def result_bytes(
-    source: SourceModel, plans: Sequence[LayerPlan], width: int, *, mtp: str = "compress", export: str = "auto"
-) -> int:
-    """Bytes of all tensors that `apply_checkpoint` writes; no weights are read, and no moves.
+    source: SourceModel,
+    choices: Sequence[tuple[Sequence[LayerPlan], int]],
+    *,
+    mtp: str = "compress",
+    export: str = "auto",
+) -> list[int]:
+    """Bytes of all tensors that `apply_checkpoint` writes, for each choice; no weights are read, and no moves.
 
     Args:
         source: the model.
-        plans: one per MoE block, in layer order.
-        width: of every expert after surgery (`target_width`).
+        choices: one plan per MoE block, in layer order, and the width of every expert after surgery (`target_width`).
         mtp: as there.
         export: as there.
     """
-    replaced, removed = _layout(_works(source, plans, mtp, export)[0], width)
-    gone = removed.union(replaced, source.mtp.tensors if mtp == "drop" else ())
-    stays = (entry for name, entry in source.checkpoint.tensors.items() if name not in gone)
-    return sum(entry.end - entry.start for entry in stays) + sum(tensor.nbytes for tensor in replaced.values())
+    opened, dropped = _open(source, mtp), source.mtp.tensors if mtp == "drop" else ()
+    found = []
+    for plans, width in choices:
+        replaced, removed = _layout(_works(opened, plans, export)[0], width)
+        gone = removed.union(replaced, dropped)
+        stays = (entry for name, entry in source.checkpoint.tensors.items() if name not in gone)
+        new = (tensor.numel() * tensor.element_size() for tensor in replaced.values())
+        found.append(sum(entry.end - entry.start for entry in stays) + sum(new))
+    return found
 
 
 def check_new_width(blocks: Sequence[Block], width: int | None) -> None:
@@ -197,16 +205,23 @@ class _Work:
         return {self.store.checkpoint.stored(key): value for key, value in self.store.to_disk(tensors).items()}
 
 
-def _works(source: SourceModel, plans: Sequence[LayerPlan], mtp: str, export: str) -> tuple[list[_Work], Export]:
+_Opened = tuple[Store, list[Block], list[tuple[str, Store, Block]]]
+"""The model's store and MoE blocks, and path, store and block of every multi-token-prediction layer to compress."""
+
+
+def _open(source: SourceModel, mtp: str) -> _Opened:
+    extra = source.mtp.layers if mtp == "compress" else ()
+    return (*source.open(keep_dtypes=True), [(x.path, *source.open_mtp(x, keep_dtypes=True)) for x in extra])
+
+
+def _works(opened: _Opened, plans: Sequence[LayerPlan], export: str) -> tuple[list[_Work], Export]:
     """All MoE blocks, those of multi-token-prediction layers behind the others."""
-    store, blocks = source.open(keep_dtypes=True)
+    store, blocks, extra = opened
     blocks = regrouped(store.model, blocks, collapse=_one_group(plans))
     _check_fit(blocks, plans)
     result = export_of(blocks, [len(plan.kept) for plan in plans], export)
     works = [_Work(block.layer, store, block, plan, result) for block, plan in zip(blocks, plans, strict=True)]
-    if mtp == "compress":
-        works += [_Work(x.path, *source.open_mtp(x, keep_dtypes=True), plans[-1], result) for x in source.mtp.layers]
-    return works, result
+    return works + [_Work(*place, plans[-1], result) for place in extra], result
 
 
 def _one_group(plans: Sequence[LayerPlan]) -> bool:
