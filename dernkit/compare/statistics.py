@@ -148,8 +148,8 @@ def _aligned(measurements: Sequence[Observations], where: str) -> tuple[Floats, 
             odd = sorted({name for _, name in set(documents) ^ set(known)})
             got = f"'{odd[0]}' in some of them only" if odd else "a document twice"
             raise CheckpointError(
-                f"{where}: what is compared must be measured on the same documents. Got {got} instead. "
-                f"Evaluate all of them again on one set."
+                f"{where}: what is compared must be measured on the same documents in the same domains. "
+                f"Got {got} instead. Evaluate all of them again on one set."
             )
         values.append(seen.values[order])
         weights.append(seen.weights[order])
@@ -223,7 +223,7 @@ def recovered(panel: Panel, recipe: Side, against: Side, original: Side, *, wors
     damage = estimate(panel, [(1.0, against), (-1.0, original)])
     if damage.interval.low * damage.interval.high <= 0 or damage.value * worse < 0:
         return None
-    # The variance of `rest` is taken[0] - 2 ratio both + ratio² all[0]; its degrees of freedom are those at the ratio.
+    # The variance of rest(ratio) is none.variance - 2 ratio both + ratio² all_variance, which three of them give.
     none, one, minus = rest(0.0), rest(1.0), rest(-1.0)
     whole, all_variance = none.value - one.value, (one.variance + minus.variance) / 2 - none.variance
     both = (minus.variance - one.variance) / 4

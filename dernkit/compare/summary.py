@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dernkit.compare.findings import Analysis, Cell, Comparison
+from dernkit.compare.findings import Analysis, Comparison, Verdict
 from dernkit.compare.statistics import Interval
 
 _NAMED = 4
@@ -14,78 +14,76 @@ _NAMED = 4
 
 def summary(analysis: Analysis) -> str:
     """Who wins where, by how much, and where nothing can be said: ``sentence`` of the analysis."""
-    places = {_place(cell) for cell in analysis.cells if cell.value is not None}
-    direction = "higher" if analysis.higher_is_better else "lower"
-    parts = [f"By {analysis.metric} ({direction} is better) in {_count(len(places), 'place')}:"]
+    by = f"By {analysis.metric} ({'higher' if analysis.higher_is_better else 'lower'} is better),"
     best = _best(analysis)
     if best is None:
-        parts.append(f"nothing can be said, as no recipe was measured next to {analysis.baseline}.")
+        said = [f"{by} nothing can be said: no other recipe was measured where {analysis.baseline} was."]
     else:
-        parts += [_headline(analysis, best), *_others(analysis, best)]
-    return " ".join([*parts, *_scope(analysis)])
+        said = [f"{by} {_headline(analysis, best)}", *_rank(analysis, best), *_others(analysis, best)]
+    return " ".join([*said, *_scope(analysis)])
 
 
 def _best(analysis: Analysis) -> str | None:
-    """The recipe with the best mean rank; without ranks, the one with the best mean difference from the baseline."""
-    compared = dict.fromkeys(found.recipe for found in analysis.against_baseline)
-    for recipe in analysis.ranking.recipes if analysis.ranking else ():
-        if recipe in compared:
-            return recipe
+    """The recipe that is better than the baseline in most places, then worse in fewest, then best on the mean."""
     sign = -1.0 if analysis.higher_is_better else 1.0
 
-    def mean(recipe: str) -> float:
-        differences = [found.difference.estimate for found in _of(analysis, recipe)]
-        return sign * sum(differences) / len(differences)
+    def order(recipe: str) -> tuple[int, int, float]:
+        found = _of(analysis, recipe)
+        mean = sign * sum(one.difference.estimate for one in found) / len(found)
+        return -len(_with(found, "better")), len(_with(found, "worse")), mean
 
-    return min(compared, key=mean, default=None)
+    return min(dict.fromkeys(one.recipe for one in analysis.against_baseline), key=order, default=None)
 
 
 def _headline(analysis: Analysis, recipe: str) -> str:
-    found = sorted(_of(analysis, recipe), key=lambda one: abs(one.difference.estimate), reverse=True)
-    undecided = [one for one in found if one.verdict == "undecided"]
-    better = sum(one.verdict == "better" for one in found)
-    first = f"{recipe} against {analysis.baseline} is better in {better} of {len(found)}"
-    worse = [one for one in found if one.verdict == "worse"]
-    first += f", worse in {len(worse)}{_where(worse)}, undecided in {len(undecided)}{_where(undecided)};"
-    spread = (
-        f"{_difference(found[0])}" if len(found) == 1 else f"from {_difference(found[-1])} to {_difference(found[0])}"
-    )
-    return f"{first} the difference is {spread}.{_taken_back(found)}"
+    found, baseline = _of(analysis, recipe), analysis.baseline
+    better, worse, undecided = (_with(found, verdict) for verdict in ("better", "worse", "undecided"))
+    if better:
+        where = f" in {len(better)} of {len(found)} places" if len(found) > 1 else ""
+        text = f"{recipe} does best: better than {baseline}{where}, by {_spread(better)}{_taken_back(better)}"
+    else:
+        text = f"no recipe is shown to be better than {baseline}; {recipe} comes nearest, off by {_spread(found)}"
+    for words, some in (("worse", worse), ("undecided", undecided)):
+        text += f"; {words} in {_list([_place(one) for one in some])}" if some else ""
+    return f"{text}."
 
 
-def _difference(one: Comparison) -> str:
-    return f"{_written(one.difference)} (adjusted p {_p(one.p_adjusted)}) on {_place(one)}"
+def _spread(found: Sequence[Comparison]) -> str:
+    """The smallest and the largest difference."""
+    ordered = sorted(found, key=lambda one: abs(one.difference.estimate))
+    ends = ordered if len(ordered) == 1 else [ordered[0], ordered[-1]]
+    return " to ".join(f"{_written(one.difference)} ({_place(one)})" for one in ends)
 
 
 def _taken_back(found: Sequence[Comparison]) -> str:
     shares = sorted((one.recovered for one in found if one.recovered), key=lambda share: share.estimate)
     if not shares:
-        return f" {found[0].against} does no damage there that could be taken back."
-    text = f"{_percent(shares[0])}" if len(shares) == 1 else f"{_percent(shares[0])} to {_percent(shares[-1])}"
-    return f" Of the damage of {found[0].against} it takes back {text}."
+        return ""
+    ends = shares if len(shares) == 1 else [shares[0], shares[-1]]
+    return f", which takes back {' to '.join(map(_percent, ends))} of its damage"
+
+
+def _rank(analysis: Analysis, recipe: str) -> list[str]:
+    ranking = analysis.ranking
+    if ranking is None or recipe not in ranking.recipes:
+        return []
+    alike = {name for clique in ranking.cliques if recipe in clique for name in clique} | {recipe}
+    rank, count = ranking.mean_ranks[ranking.recipes.index(recipe)], len(ranking.recipes)
+    return [
+        f"Its mean rank is {rank:.2g} of {count}; ranks alone tell it apart from {count - len(alike)} of the others."
+    ]
 
 
 def _others(analysis: Analysis, best: str) -> list[str]:
-    said = []
-    ranking = analysis.ranking
-    if ranking is not None:
-        alike = {name for clique in ranking.cliques if best in clique for name in clique} - {best}
-        tail = (
-            f"; by ranks it cannot be told apart from {_list(sorted(alike, key=ranking.recipes.index))}"
-            if alike
-            else ""
-        )
-        rank = ranking.mean_ranks[ranking.recipes.index(best)]
-        said.append(f"Its mean rank is {rank:.2g} of {len(ranking.recipes)}{tail}.")
     rest = [name for name in dict.fromkeys(one.recipe for one in analysis.against_baseline) if name != best]
-    for verdict, words in (("better", "also better"), ("worse", "worse")):
-        names = [name for name in rest if any(one.verdict == verdict for one in _of(analysis, name))]
-        if names:
-            said.append(f"In at least one place {_list(names)} {'is' if len(names) == 1 else 'are'} {words}.")
-    nothing = [name for name in rest if all(one.verdict == "undecided" for one in _of(analysis, name))]
-    if nothing:
-        said.append(f"Nothing can be said about {_list(nothing)}.")
-    return said
+    lists = {
+        "Also better somewhere": [name for name in rest if _with(_of(analysis, name), "better")],
+        "Worse somewhere": [name for name in rest if _with(_of(analysis, name), "worse")],
+        f"Nowhere told apart from {analysis.baseline}": [
+            name for name in rest if len(_with(_of(analysis, name), "undecided")) == len(_of(analysis, name))
+        ],
+    }
+    return [f"{what}: {_list(names)}." for what, names in lists.items() if names]
 
 
 def _scope(analysis: Analysis) -> list[str]:
@@ -93,7 +91,9 @@ def _scope(analysis: Analysis) -> list[str]:
     said = []
     if compared:
         documents, seeds = {one.documents for one in compared}, {one.seeds for one in compared}
-        said.append(f"Measured on {_range(documents, 'document')} with {_range(seeds, 'calibration seed')}.")
+        said.append(
+            f"Measured on {_range(documents, 'document')} with {_range(seeds, 'calibration seed')}; 95 % intervals."
+        )
         if 1 in seeds:
             said.append("Where there is one seed, intervals say nothing about other calibrations.")
     refused = dict.fromkeys(cell.recipe for cell in analysis.cells if cell.refused)
@@ -108,12 +108,12 @@ def _of(analysis: Analysis, recipe: str) -> list[Comparison]:
     return [one for one in analysis.against_baseline if one.recipe == recipe]
 
 
-def _place(one: Cell | Comparison) -> str:
+def _with(found: Sequence[Comparison], verdict: Verdict) -> list[Comparison]:
+    return [one for one in found if one.verdict == verdict]
+
+
+def _place(one: Comparison) -> str:
     return f"{one.model} at keep {one.keep:g} ({one.calibration})"
-
-
-def _where(found: Sequence[Comparison]) -> str:
-    return f" ({_list([_place(one) for one in found])})" if found else ""
 
 
 def _list(names: Sequence[str]) -> str:
@@ -136,13 +136,12 @@ def _percent(share: Interval) -> str:
     return f"{100 * share.estimate:.0f} % [{100 * share.low:.0f} %, {100 * share.high:.0f} %]"
 
 
-def _p(p: float) -> str:
-    return "below 0.001" if p < 0.001 else f"{p:.2g}"
-
-
 def _written(found: Interval) -> str:
     """The estimate and its ends, to two digits of the interval's width."""
     width = found.high - found.low
     digits = max(0, 1 - math.floor(math.log10(width))) if width > 0 else 6
-    shown = [f"{value:.{digits}f}".replace("-", "−") for value in (found.estimate, found.low, found.high)]
+    shown = [
+        f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+        for value in (found.estimate, found.low, found.high)
+    ]
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"

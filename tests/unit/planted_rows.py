@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,14 @@ def planted(
     seeds: int = 3,
     refused: str = "",
     stability: bool = True,
+    higher: bool = False,
 ) -> Path:
-    """A finished comparison in ``folder``; ``refused`` names a recipe that the last model refuses."""
+    """A finished comparison in ``folder``.
+
+    Args:
+        refused: a recipe that the last model refuses.
+        higher: the metric with its sign turned round, so that higher is better.
+    """
     rows = []
     for model in models:
         rows.append(_original(model))
@@ -38,11 +45,19 @@ def planted(
                 for seed in range(seeds):
                     no = recipe == refused and model == models[-1]
                     rows.append(_cell(model, recipe, keep, seed, strength, refused=no))
+    if higher:
+        rows = [
+            replace(row, observations={name: _turned(seen) for name, seen in row.observations.items()}) for row in rows
+        ]
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(rows, folder / "results.parquet")
     if stability:
         (folder / "stability.json").write_text(json.dumps({"points": _stability(models)}))
     return folder
+
+
+def _turned(seen: Observations) -> Observations:
+    return replace(seen, values=-seen.values, higher_is_better=True)
 
 
 def _observed(model: str, damage: float, noise: int) -> Mapping[str, Observations]:
@@ -77,7 +92,12 @@ def _original(model: str) -> Row:
     for layer in range(LAYERS):
         matrix = rng.uniform(0.05, 0.4, (experts, experts))
         alike[str(layer)] = np.where(np.eye(experts) > 0, 1.0, matrix).round(4).tolist()
-    details = {"similarity": alike, **_made_from(model)}
+    counts = {
+        str(layer): np.histogram(rng.normal(0.35, 0.1, 1024), np.linspace(-1, 1, 41))[0].tolist()
+        for layer in range(LAYERS)
+    }
+    cosines = {"edges": np.linspace(-1, 1, 41).tolist(), "counts": counts}
+    details = {"similarity": alike, "cosines": cosines, **_made_from(model)}
     seen = _observed(model, 0.0, 0)
     facts = {"observations": seen, "metrics": {METRIC: seen[METRIC].mean()}, "details": details}
     return Row(f"{model}-original", model, ORIGINAL, 1.0, "", 0, "", moved=0.0, **_sizes(model, 1), **facts)  # type: ignore[arg-type]
@@ -121,7 +141,7 @@ def _stability(models: Sequence[str]) -> list[dict[str, object]]:
             "seed": seed,
             "layer": layer,
             "tokens": tokens,
-            "overlap": min(1.0, 0.6 + 0.1 * step + 0.01 * layer),
+            "overlap": min(1.0, 0.6 + 0.1 * step + 0.02 * layer - 0.05 * (scorer == "reap") * (step < 4)),
             "spearman": min(1.0, 0.5 + 0.125 * step),
         }
         for model in models

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dernkit.compare.report.drawing import Picture, draw, heat, slug, thin
+from dernkit.compare.report.drawing import FAINT, PALETTE, Picture, draw, heat, inner, slug, thin
 from dernkit.compare.report.inputs import Results
+from dernkit.compare.report.words import left_out
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,14 +41,15 @@ def alike(results: Results, model: str) -> Iterator[Picture]:
             thin(place.xaxis, experts, most=8)
             thin(place.yaxis, experts, most=8)
             place.set_aspect("equal")
-            place.set(xlabel="in expert", ylabel="neurons of expert")
+            place.set(xlabel="in expert", ylabel="of expert")
             place.set_title(f"layer {name}", fontsize=9)
+        inner(axes, len(chosen))
         figure.colorbar(image, ax=axes, label="mean best cosine", pad=0.02, aspect=30)
 
-    columns = min(3, len(chosen))
+    columns = min(2, len(chosen))
     lines = -(-len(chosen) // columns)
     mean = float(np.mean([np.nanmean(table) for table in tables]))
-    left = f" {len(names) - len(chosen)} layers between them are left out." if len(names) > len(chosen) else ""
+    left = left_out(len(names) - len(chosen), "layer", " between them")
     yield draw(
         slug("alike", model),
         f"{model}: how well neurons of one expert are matched in another one: the cosine with the most similar neuron "
@@ -55,4 +57,36 @@ def alike(results: Results, model: str) -> Iterator[Picture]:
         paint,
         size=(1.0 + 2.1 * columns, 0.3 + 2.3 * lines),
         grid=(lines, columns),
+    )
+
+
+def cosines(results: Results, model: str) -> Iterator[Picture]:
+    """How many neurons of the original have their best match in another expert at which cosine."""
+    original = results.original(model)
+    found = original.details.get("cosines") if original else None
+    if not found:
+        return
+    edges = np.array(found["edges"], dtype=np.float64)
+    counts = np.array([found["counts"][name] for name in sorted(found["counts"], key=int)], dtype=np.float64)
+    if not counts.sum():
+        return
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    used = np.flatnonzero(counts.sum(axis=0))
+    first, last = max(0, used[0] - 1), min(len(edges) - 1, used[-1] + 2)
+
+    def paint(figure: Figure, axes: Any) -> None:
+        place = axes[0, 0]
+        for layer in shares:
+            place.stairs(100 * layer, edges, color=FAINT, linewidth=0.7, alpha=0.6)
+        place.stairs(100 * shares.mean(axis=0), edges, color=PALETTE[0], linewidth=2)
+        place.set(xlim=(edges[first], edges[last]), ylim=(0, None), ylabel="% of the neurons")
+        place.set_xlabel("cosine with the most similar neuron of another expert")
+
+    half = float(np.interp(0.5, shares.mean(axis=0).cumsum(), edges[1:]))
+    yield draw(
+        slug("cosines", model),
+        f"{model}: neurons by their best match in any other expert. Grey: each layer; blue: their mean. Half of the "
+        f"neurons find no match above {half:.2f}.",
+        paint,
+        size=(4.6, 3.0),
     )

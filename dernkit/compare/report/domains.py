@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dernkit.compare.findings import Cell
-from dernkit.compare.report.drawing import DIVERGING, SEQUENTIAL, Picture, draw, heat, short, slug
+from dernkit.compare.report.drawing import DIVERGING, SEQUENTIAL, Picture, draw, heat, margin, short, slug
 from dernkit.compare.report.inputs import Block, Results
+from dernkit.compare.report.words import left_out
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +33,7 @@ def _picture(results: Results, block: Block, cells: list[Cell], names: list[str]
     values = np.array([[results.worse * cell.by_group.get(name, np.nan) for name in names] for cell in chosen])
     # What is damaged most stands first, and what does not fit is the least damaged.
     order = np.argsort(-np.nanmean(values, axis=0), kind="stable")[:DOMAINS]
+    labels = [short(cell.recipe) for cell in chosen]
     values, columns = values[:, order], [short(names[i], 18) for i in order]
 
     def paint(figure: Figure, axes: Any) -> None:
@@ -39,36 +41,31 @@ def _picture(results: Results, block: Block, cells: list[Cell], names: list[str]
         image = heat(
             axes[0, 0],
             values,
-            rows=[short(cell.recipe, 26) for cell in chosen],
+            rows=labels,
             columns=columns,
             limits=limits,
             cmap=cmap,
             write="{:.3f}".format if len(columns) <= 12 else None,
         )
         word = "fall" if results.analysis.higher_is_better else "rise"
-        figure.colorbar(image, ax=axes[0, 0], label=word, pad=0.02, aspect=15)
+        figure.colorbar(image, ax=axes[0, 0], label=word, pad=0.02, aspect=max(15, 2 * len(chosen)))
 
-    left = []
-    if len(cells) > len(chosen):
-        left.append(f"{len(cells) - len(chosen)} recipes with more damage are left out")
-    if len(names) > len(columns):
-        left.append(f"{len(names) - len(columns)} domains with less damage are left out")
-    note = f" ({'; '.join(left)})" if left else ""
+    left = left_out(len(cells) - len(chosen), "recipe", " with more damage")
+    left += left_out(len(names) - len(columns), "domain", " with less damage")
     title = f"{block.model}, {block.keep:.3g} of the experts, calibration {block.calibration}"
     return draw(
         slug("domains", block.model, block.keep, block.calibration),
-        f"{title}: damage in each domain{note}.",
+        f"{title}: damage in each domain.{left}",
         paint,
-        size=(max(5.0, 2.6 + 0.55 * len(columns)), 1.3 + 0.27 * len(chosen)),
+        size=(max(3.9, 1.4 + 0.5 * len(columns)) + margin(labels), 1.3 + 0.27 * len(chosen)),
     )
 
 
 def _shown(cells: list[Cell], baseline: str) -> list[Cell]:
     """The best ones, and the baseline in any case."""
-    chosen = cells[:RECIPES]
-    return chosen if len(cells) <= RECIPES else chosen[:-1] + [
-        next((cell for cell in cells[RECIPES - 1 :] if cell.recipe == baseline), chosen[-1])
-    ]
+    chosen, rest = cells[:RECIPES], cells[RECIPES:]
+    last = [cell for cell in rest if cell.recipe == baseline]
+    return [*chosen[: RECIPES - len(last)], *last]
 
 
 def _limits(values: NDArray[np.float64]) -> tuple[tuple[float, float], str]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a00", "#5e4fa2")
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a00", "#9467bd")
 """Okabe and Ito's colours that the colour-blind tell apart, their yellow and black replaced by readable ones."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FAINT = "#8c8c8c"
@@ -34,10 +34,15 @@ class Picture:
     name: str
     """Of its file, without the suffix."""
     caption: str
-    alt: str
-    """What it shows, for those who do not see it."""
+    width: float
+    """In CSS pixels."""
     svg: str
     """An SVG element whose text has the colour of what is around it."""
+
+    @property
+    def broad(self) -> bool:
+        """Whether it would be too small in one of two columns."""
+        return self.width > 640
 
     def file(self) -> str:
         """The same as a file of its own: dark on white."""
@@ -64,17 +69,17 @@ def draw(
     *,
     size: tuple[float, float],
     grid: tuple[int, int] = (1, 1),
-    alt: str = "",
 ) -> Picture:
     """A figure with ``grid`` = (rows, columns) of axes that ``paint(figure, axes[rows, columns])`` fills.
 
     Args:
         size: width and height in inches.
     """
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    # "default": the settings of whoever runs this change nothing.
+    with style.context(["default", _STYLE | {"svg.hashsalt": name}]):
         figure = Canvas(figsize=size, layout="constrained")
         axes = figure.subplots(*grid, squeeze=False)
         paint(figure, axes)
@@ -84,10 +89,10 @@ def draw(
         text = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    return Picture(name, caption, alt or caption, _element(text.getvalue(), name))
+    return Picture(name, caption, 96 * size[0], _element(text.getvalue(), name))
 
 
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -104,9 +109,10 @@ _STYLE = {
 
 
 def _element(text: str, name: str) -> str:
-    """The SVG element alone, with the page's colour and with ids that no other figure of the page has."""
+    """The SVG element alone, with the page's colour and only those ids that it refers to, none of another figure."""
     text = text[text.index("<svg") :].strip().replace(_INK, "currentColor")
-    text = re.sub(r'\bid="', f'id="{name}-', text)
+    used = set(re.findall(r'(?:href="|url\()#([^")]*)', text))
+    text = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
     text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
     return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
 
@@ -118,10 +124,16 @@ def slug(*parts: object) -> str:
     return f"{plain[:48]}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
 
 
-def short(name: str, length: int = 30) -> str:
-    """A label for axes: matplotlib would read ``$`` as mathematics."""
-    name = name if len(name) <= length else f"{name[: length - 1]}…"
+def short(name: str, length: int = 40) -> str:
+    """A label for axes, shortened in its middle; matplotlib would read ``$`` as mathematics."""
+    if len(name) > length:
+        name = f"{name[: length // 2]}…{name[len(name) + 1 + length // 2 - length :]}"
     return name.replace("$", r"\$")
+
+
+def margin(labels: Sequence[str]) -> float:
+    """Inches that labels take at the left of a figure."""
+    return 0.075 * max(map(len, labels), default=0)
 
 
 def heat(
@@ -132,10 +144,18 @@ def heat(
     columns: Sequence[str],
     limits: tuple[float, float],
     cmap: str = SEQUENTIAL,
+    bad: str = "#00000000",
     write: Callable[[float], str] | None = None,
 ) -> Any:
-    """A heat map [rows, columns] with a label at each row, and figures in the cells if ``write`` is given."""
-    image = axes.imshow(values, cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="auto")
+    """A heat map [rows, columns] with a label at each row, and figures in the cells if ``write`` is given.
+
+    Args:
+        bad: colour of what is nan.
+    """
+    from matplotlib import colormaps
+
+    colours = colormaps[cmap].with_extremes(bad=bad)
+    image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
     thin(axes.yaxis, rows)
     thin(axes.xaxis, columns)
     axes.tick_params(length=0)
@@ -143,12 +163,12 @@ def heat(
     if write:
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                ink = "#ffffff" if _dark(image.cmap(image.norm(value))) else "#111111"
+                ink = "#ffffff" if _dark(image.to_rgba(np.array([value]))[0]) else "#111111"
                 axes.text(column, row, write(float(value)), ha="center", va="center", color=ink, fontsize=7.5)
     return image
 
 
-def _dark(colour: Sequence[float]) -> bool:
+def _dark(colour: NDArray[np.float64]) -> bool:
     return float(np.dot(colour[:3], (0.299, 0.587, 0.114))) < 0.52
 
 
@@ -159,3 +179,13 @@ def thin(axis: Any, labels: Sequence[str], most: int = 32) -> None:
     upright = axis.axis_name == "x" and max((len(labels[i]) for i in places), default=0) > 3
     turn = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if upright else {}
     axis.set_ticks(places, [labels[i] for i in places], **turn)
+
+
+def inner(axes: Any, count: int) -> None:
+    """Labels of axes at the left and at the bottom of a grid only, of which ``count`` are drawn."""
+    columns = axes.shape[1]
+    for i, one in enumerate(axes.flat[:count]):
+        if i % columns:
+            one.set_ylabel("")
+        if i + columns < count:
+            one.set_xlabel("")

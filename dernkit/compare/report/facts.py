@@ -37,14 +37,14 @@ def models(results: Results) -> Table:
         weight = f"{seen.weights.sum():,.0f}" if seen else "–"
         shape = f"{facts.get('experts', '–')}, top {facts.get('top_k', '–')}"
         sizes = (f"{original.parameters:,}", f"{original.bytes / 1e6:,.1f} MB", documents, weight)
-        lines.append(tuple(map(Entry, (name, str(facts.get("family", "–")), shape, *sizes, _print(facts)))))
+        lines.append(
+            tuple(
+                map(Entry, (name, str(facts.get("family", "–")), shape, *sizes, _digest(facts.get("fingerprint", "–"))))
+            )
+        )
     header = ("model", "family", "experts", "parameters", "size", "documents in domains", "weight", "fingerprint")
     note = "Weight: what the metric is divided by, summed over the documents (bytes for bits per byte)."
     return Table("Models", header, tuple(lines), note, words=2)
-
-
-def _print(facts: Mapping[str, Any]) -> str:
-    return str(facts.get("fingerprint", "–"))[:16]
 
 
 def made_from(results: Results) -> Table:
@@ -86,8 +86,24 @@ def _versions(rows: Iterable[Row]) -> dict[str, str]:
     return {name: " and ".join(found[name]) for name in sorted(found)}
 
 
-def _inline(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False).replace('"', "")
+def _inline(component: Mapping[str, Any] | None) -> str:
+    """``perplexity (path: heldout, length: 256)``."""
+    if not component:
+        return "–"
+    given = {name: value for name, value in component.items() if name != "use" and value is not None}
+    options = ", ".join(f"{name}: {_plain(name, value)}" for name, value in given.items())
+    return f"{component.get('use', '–')}{f' ({options})' if options else ''}"
+
+
+def _plain(name: str, value: Any) -> str:
+    if name == "files":
+        return _digest(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _digest(value: Any) -> str:
+    """Enough of it to tell two apart; the results have it whole."""
+    return str(value)[:16]
 
 
 def recipes(results: Results) -> list[Listing]:
@@ -95,7 +111,6 @@ def recipes(results: Results) -> list[Listing]:
     found = []
     for name in results.recipes:
         row = next(row for row in results.rows if row.recipe == name)
-        resolved = {key: part for key, part in row.details.get("recipe", {}).items() if key != "calibrate"}
-        text = yaml.safe_dump(resolved, sort_keys=False, width=100, allow_unicode=True)
+        text = yaml.safe_dump(row.details.get("recipe", {}), sort_keys=False, width=100, allow_unicode=True)
         found.append(Listing(f"{name} (here on {row.model}, keep {row.keep:.3g}, seed {row.seed})", text))
     return found

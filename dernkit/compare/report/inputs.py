@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dernkit.compare.analysis import analyse
-from dernkit.compare.findings import Analysis, Cell
+from dernkit.compare.findings import Analysis, Cell, Comparison
 from dernkit.compare.rows import ORIGINAL, Row, read_rows
 from dernkit.errors import CheckpointError
 
@@ -107,8 +107,8 @@ class Results:
                 yield row
 
 
-def block_of(cell: Cell) -> Block:
-    return Block(cell.model, cell.keep, cell.calibration)
+def block_of(one: Cell | Comparison) -> Block:
+    return Block(one.model, one.keep, one.calibration)
 
 
 def read(out: Path, *, metric: str, baseline: str) -> Results:

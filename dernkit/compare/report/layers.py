@@ -9,14 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from dernkit.compare.report.drawing import Picture, draw, heat, short, slug, thin
+from dernkit.compare.report.drawing import Picture, draw, heat, inner, margin, short, slug, thin
 from dernkit.compare.report.inputs import Results
+from dernkit.compare.report.words import left_out
 from dernkit.compare.rows import LayerFacts, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PANELS, RECIPES = 6, 20
+PANELS, RECIPES, DROPPED = 6, 20, "#8c8c8c66"
 """Heat maps of scores or moves of a model, and lines of a heat map of errors."""
 Values = NDArray[np.float64]
 
@@ -66,8 +67,7 @@ def moved(results: Results, model: str) -> Iterator[Picture]:
     most = max(max(layer.moved, default=0) for row in rows for layer in row.layers)
 
     def fill(axes: Any, row: Row) -> Any:
-        axes.set_facecolor("#8c8c8c40")
-        return _panel(axes, row.layers, _table(row.layers, _arrived), (0, most))
+        return _panel(axes, row.layers, _table(row.layers, _arrived), (0, most), bad=DROPPED)
 
     what = "segments that arrived at each kept expert; dropped experts are grey"
     yield _panels("moved", model, rows, fill, "segments", what)
@@ -90,27 +90,27 @@ def _errors(model: str, keep: float, calibration: str, rows: Sequence[Row]) -> P
     order = sorted(means, key=lambda name: (float(means[name].mean()), name))
     chosen = order[:RECIPES]
     values = np.array([means[name] for name in chosen])
-    layers = [str(layer.layer) for layer in rows[0].layers]
+    layers, labels = [str(layer.layer) for layer in rows[0].layers], [short(name) for name in chosen]
 
     def paint(figure: Figure, axes: Any) -> None:
         image = heat(
             axes[0, 0],
             values,
-            rows=[short(name, 26) for name in chosen],
+            rows=labels,
             columns=layers,
             limits=(0, max(float(values.max()), 1e-9)),
             write="{:.2g}".format if len(layers) <= 12 else None,
         )
         axes[0, 0].set_xlabel("layer")
-        figure.colorbar(image, ax=axes[0, 0], label="relative error", pad=0.02, aspect=15)
+        figure.colorbar(image, ax=axes[0, 0], label="relative error", pad=0.02, aspect=max(15, 2 * len(chosen)))
 
-    left = f" {len(order) - len(chosen)} recipes with larger errors are left out." if len(order) > len(chosen) else ""
+    left = left_out(len(order) - len(chosen), "recipe", " with larger errors")
     return draw(
         slug("error", model, keep),
         f"{model}, {keep:.3g} of the experts: squared error of each layer's routed output over that output's square, "
         f"mean over the seeds, calibration {calibration}.{left}",
         paint,
-        size=(4.6, 1.2 + 0.27 * len(chosen)),
+        size=(3.4 + margin(labels), 1.2 + 0.27 * len(chosen)),
     )
 
 
@@ -119,17 +119,19 @@ def _chosen(results: Results, model: str, fits: Callable[[Row], bool]) -> list[R
     rows = [row for row in results.sample_rows(model) if fits(row)]
     smallest = min((row.keep for row in rows), default=0.0)
     by_recipe = {row.recipe: row for row in rows if row.keep == smallest}
-    best = [name for name in results.best_recipes(len(results.recipes)) if name in by_recipe]
-    return [by_recipe[name] for name in best[:PANELS]]
+    return [by_recipe[name] for name in results.best_recipes(len(results.recipes)) if name in by_recipe]
 
 
 def _panels(
-    kind: str, model: str, rows: Sequence[Row], fill: Callable[[Any, Row], Any], unit: str, what: str
+    kind: str, model: str, found: Sequence[Row], fill: Callable[[Any, Row], Any], unit: str, what: str
 ) -> Picture:
+    rows, left = found[:PANELS], left_out(len(found) - PANELS, "recipe", " with more damage")
+
     def paint(figure: Figure, axes: Any) -> None:
         for place, row in zip(axes.flat, rows, strict=False):
             image = fill(place, row)
-            place.set_title(short(row.recipe), fontsize=9)
+            place.set_title(short(row.recipe, 32), fontsize=9)
+        inner(axes, len(rows))
         figure.colorbar(image, ax=axes, label=unit, pad=0.02, aspect=30)
 
     columns = min(2, len(rows))
@@ -137,16 +139,17 @@ def _panels(
     first = rows[0]
     return draw(
         slug(kind, model),
-        f"{model}, {first.keep:.3g} of the experts, calibration {first.calibration}, seed {first.seed}: {what}. "
-        f"The recipes with the least damage, at most {PANELS}.",
+        f"{model}, {first.keep:.3g} of the experts, calibration {first.calibration}, seed {first.seed}: {what}.{left}",
         paint,
-        size=(0.8 + 3.0 * columns, 0.3 + lines * (_height(len(first.layers)) - 0.2)),
+        size=(0.9 + 2.35 * columns, 0.6 + lines * (_height(len(first.layers)) - 0.5)),
         grid=(lines, columns),
     )
 
 
-def _panel(axes: Any, layers: Sequence[LayerFacts], values: Values, limits: tuple[float, float]) -> Any:
-    image = heat(axes, values, rows=[str(layer.layer) for layer in layers], columns=[], limits=limits)
+def _panel(
+    axes: Any, layers: Sequence[LayerFacts], values: Values, limits: tuple[float, float], bad: str = "#00000000"
+) -> Any:
+    image = heat(axes, values, rows=[str(layer.layer) for layer in layers], columns=[], limits=limits, bad=bad)
     thin(axes.xaxis, [str(expert) for expert in range(values.shape[1])], most=12)
     axes.set(xlabel="expert", ylabel="layer")
     return image

@@ -26,16 +26,23 @@ def pareto(results: Results) -> Iterator[Picture]:
 def _picture(results: Results, model: str, cells: list[Cell], drawn: tuple[str, ...]) -> Picture:
     def paint(figure: Figure, axes: Any) -> None:
         _panel(axes[0, 0], results, cells, drawn)
-        figure.legend(loc="outside lower center", ncols=2, fontsize=8, handletextpad=0.3, columnspacing=1)
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=8, handletextpad=0.3, columnspacing=1)
 
+    names = [short(name) for name in drawn]
+    columns = 1 if max(map(len, names)) > 26 else 2
     rest = len({cell.recipe for cell in cells} - set(drawn))
-    grey = f" In colour: the best {len(drawn)} over all models and the baseline; the others, {rest}, in grey." if rest else ""
+    grey = (
+        f" In colour: the best {len(drawn)} over all models and the baseline; the others, {rest}, in grey."
+        if rest
+        else ""
+    )
     return draw(
         slug("pareto", model),
         f"{model}: quality against size. Bars are 95 % intervals of the difference from the original; the line is the "
-        f"front that no other recipe beats in both. Lower and further left is better.{grey}",
+        f"front that no other recipe beats in both. Lower and further left is better. "
+        f"Points of one size stand side by side to be told apart.{grey}",
         paint,
-        size=(4.6, 4.2),
+        size=(4.6, 3.4 + 0.17 * -(-(len(names) + 1) // columns)),
     )
 
 
@@ -59,8 +66,8 @@ def _panel(axes: Axes, results: Results, cells: list[Cell], drawn: tuple[str, ..
             color=PALETTE[place % len(PALETTE)] if name else FAINT,
             alpha=1.0 if name else 0.6,
             markersize=5,
-            elinewidth=1,
-            capsize=2,
+            elinewidth=1 if name else 0,
+            capsize=2 if name else 0,
             zorder=3 if name else 1,
             label=short(name) if name else "others",
         )

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dernkit.compare.ranks import Ranking
-from dernkit.compare.report.drawing import FAINT, PALETTE, Picture, draw, short
+from dernkit.compare.report.drawing import FAINT, PALETTE, Picture, draw, margin, short
 from dernkit.compare.report.inputs import Results
+from dernkit.compare.report.words import left_out
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +28,10 @@ def _picture(ranks: Ranking) -> Picture:
     lowest, highest = ranks.mean_ranks[0], ranks.mean_ranks[len(names) - 1]
     step = max(highest - lowest, 1.0) * 0.035
 
+    from matplotlib.ticker import MaxNLocator
+
+    labels = [short(name) for name in names]
+
     def paint(figure: Figure, axes: Any) -> None:
         place = axes[0, 0]
         place.scatter(ranks.mean_ranks[: len(names)], range(len(names)), color=PALETTE[0], zorder=3, s=28)
@@ -37,16 +42,20 @@ def _picture(ranks: Ranking) -> Picture:
         end = lowest + ranks.critical_difference
         place.plot([lowest, end], [-1, -1], color=PALETTE[1], marker="|", linewidth=1.5)
         place.text((lowest + end) / 2, -1.25, f"critical difference {ranks.critical_difference:.2f}", ha="center")
-        place.set_yticks(range(len(names)), [short(name) for name in names])
-        place.set(xlabel="mean rank (1 is best)", ylim=(len(names) - 0.4, -1.9))
+        place.set_yticks(range(len(names)), labels)
+        place.set(
+            xlabel="mean rank (1 is best)", ylim=(len(names) - 0.4, -1.9), xlim=(min(lowest, 1.0) - 3 * step, None)
+        )
+        ticks = MaxNLocator(integer=True).tick_values(1, highest)
+        place.set_xticks([tick for tick in ticks if 1 <= tick <= highest + 0.5])
 
-    left = f" {len(ranks.recipes) - len(names)} recipes with worse ranks are left out." if len(ranks.recipes) > len(names) else ""
+    left = left_out(len(ranks.recipes) - len(names), "recipe", " with worse ranks")
     return draw(
-        "ranks",
+        "mean-ranks",
         f"Mean ranks over {ranks.blocks} blocks (model, ratio, calibration set). Recipes beside one bar do not differ "
         f"at 5 % (Nemenyi); the test that all are alike (Friedman) gives p = {ranks.p:.2g}.{left}",
         paint,
-        size=(4.8, 1.3 + 0.26 * len(names)),
+        size=(3.5 + margin(labels), 1.3 + 0.26 * len(names)),
     )
 
 

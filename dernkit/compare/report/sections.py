@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dernkit.compare.report import facts, tables
-from dernkit.compare.report.alike import alike
+from dernkit.compare.report.alike import alike, cosines
 from dernkit.compare.report.domains import domains
 from dernkit.compare.report.drawing import Picture
 from dernkit.compare.report.facts import Listing
@@ -45,7 +45,8 @@ def _sections(results: Results) -> Iterator[Section]:
     yield Section(
         "tables",
         "Every recipe",
-        f"Damage means that {results.analysis.metric} {worse}. Recipes with the least damage stand first.",
+        f"Damage means that {results.analysis.metric} {worse}. Recipes with the least damage stand first; the "
+        f"baseline is {results.analysis.baseline}. {tables.LEGEND}",
         tables=tuple(tables.blocks(results)),
     )
     refused = tables.refused(results)
@@ -57,12 +58,14 @@ def _sections(results: Results) -> Iterator[Section]:
         "How much of the change from the original falls on each domain or task; below 0 is a gain.",
         pictures=tuple(domains(results)),
     )
-    yield _layers(results)
+    yield from _layers(results)
     yield Section(
         "alike",
         "Are neurons of different experts alike?",
         "What recombination lives on: the higher the values, the better a neuron of a dropped expert fits another one.",
-        pictures=tuple(picture for model in results.models for picture in alike(results, model)),
+        pictures=tuple(
+            picture for model in results.models for draw in (alike, cosines) for picture in draw(results, model)
+        ),
     )
     yield Section(
         "stability",
@@ -85,14 +88,13 @@ def _ranks(results: Results) -> Section:
     if found is None:
         return Section("ranks", "Ranks", note="Ranks need three recipes that were measured in two blocks or more.")
     out = f" Left out, since a block lacks them: {', '.join(found.left_out)}." if found.left_out else ""
-    return Section("ranks", "Ranks", f"Which recipe is best across models and ratios?{out}", pictures=tuple(ranking(results)))
+    return Section(
+        "ranks", "Ranks", f"Which recipe is best across models and ratios?{out}", pictures=tuple(ranking(results))
+    )
 
 
-def _layers(results: Results) -> Section:
-    pictures: list[Picture] = []
-    for model in results.models:
-        for draw in (use, scores, moved, errors):
-            pictures += draw(results, model)
-    text = "What happened in each layer: which experts tokens use, which are kept, what moved, and what it costs there."
-    return Section("layers", "Layer by layer", text, pictures=tuple(pictures))
-
+def _layers(results: Results) -> Iterator[Section]:
+    for i, model in enumerate(results.models):
+        pictures = tuple(picture for draw in (scores, moved, use, errors) for picture in draw(results, model))
+        text = "Which experts are kept, what moved, which experts tokens use, and what compression costs in each layer."
+        yield Section(f"layers-{i + 1}", f"Layer by layer: {model}", text, pictures=pictures)

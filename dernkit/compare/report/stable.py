@@ -44,7 +44,7 @@ def _picture(model: str, calibration: str, points: list[Point]) -> Picture:
         f"{model}, calibration {calibration}: what a part of the calibration tokens says, against all of them. "
         f"Lines: mean over layers and seeds; bands: from the lowest layer to the highest, mean over seeds.",
         paint,
-        size=(6.0, 3.0),
+        size=(5.6, 3.0),
         grid=(1, 2),
     )
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dernkit.compare.findings import Cell, Comparison
+from dernkit.compare.findings import Cell, Comparison, Verdict
 from dernkit.compare.report.inputs import Block, Results, block_of
+from dernkit.compare.report.words import counted, interval, number, probability, share
 from dernkit.compare.rows import ORIGINAL
 from dernkit.compare.statistics import Interval
 
@@ -36,9 +37,11 @@ class Table:
     words: int = 1
 
 
-MARKS = (
-    "▲ better than the baseline, ▼ worse, ○ undecided: p is adjusted for all recipes of a table (Holm), and below 0.05 "
-    "counts. In brackets: 95 % intervals."
+MARKS = "▲ better than the baseline, ▼ worse, ○ undecided, by p below 0.05, adjusted for a table's recipes (Holm)."
+LEGEND = (
+    f"{MARKS} In brackets: 95 % intervals of one comparison by itself, over documents "
+    "and calibration seeds. Taken back: the share of the "
+    "baseline's damage that a recipe does not do. Moved: segments that were moved, per segment of a dropped expert."
 )
 
 
@@ -49,20 +52,21 @@ def overview(results: Results) -> Table:
     verdicts = {(block_of(one), one.recipe): one.verdict for one in analysis.against_baseline}
     cells = {(block_of(cell), cell.recipe): cell for cell in analysis.cells}
     best = {block: results.sorted_cells(block)[0].recipe for block in blocks}
+    digits = {block: _block_digits(results.sorted_cells(block)) for block in blocks}
     ranks = dict(zip(analysis.ranking.recipes, analysis.ranking.mean_ranks, strict=True)) if analysis.ranking else {}
     lines = []
     order = results.best_recipes(len(results.recipes))
     for recipe in (*order, *(name for name in results.recipes if name not in order)):
         line = [Entry(_recipe(recipe, analysis.baseline), bold=recipe == analysis.baseline)]
         line += [
-            _change(cells.get((block, recipe)), verdicts.get((block, recipe)), best[block] == recipe)
+            _change(
+                cells.get((block, recipe)), verdicts.get((block, recipe)), digits[block], best=best[block] == recipe
+            )
             for block in blocks
         ]
         lines.append((*line, Entry(f"{ranks[recipe]:.2f}" if recipe in ranks else "–")) if ranks else tuple(line))
     several = len({block.calibration for block in blocks}) > 1
-    names = [
-        f"{block.model} {block.keep:.3g}{f' {block.calibration}' if several else ''}" for block in blocks
-    ]
+    names = [f"{block.model} {block.keep:.3g}{f' {block.calibration}' if several else ''}" for block in blocks]
     return Table(
         f"Change of {analysis.metric} from the original",
         ("recipe", *names, *(["mean rank"] if ranks else [])),
@@ -71,15 +75,13 @@ def overview(results: Results) -> Table:
     )
 
 
-def _change(cell: Cell | None, verdict: str | None, best: bool) -> Entry:
+def _change(cell: Cell | None, verdict: Verdict | None, digits: int, *, best: bool) -> Entry:
     if cell is None:
         return Entry("–", "none")
     if cell.rise is None:
         return Entry("refused", "none")
-    digits = _digits(cell.rise)
     sign = f" {_SIGNS[verdict]}" if verdict else ""
-    tone: Tone = verdict or ""  # type: ignore[assignment]
-    return Entry(f"{number(cell.rise.estimate, digits, sign=True)}{sign}", tone, bold=best)
+    return Entry(f"{number(cell.rise.estimate, digits, sign=True)}{sign}", verdict or "", bold=best)
 
 
 def blocks(results: Results) -> Iterator[Table]:
@@ -94,7 +96,7 @@ def _block(results: Results, block: Block) -> Table:
     against = {one.recipe: one for one in analysis.against_baseline if block_of(one) == block}
     cells = results.sorted_cells(block)
     assert original.value
-    digits = max((_digits(cell.rise) for cell in cells if cell.rise and cell.rise.high > cell.rise.low), default=4)
+    digits = _block_digits(cells)
     first = [ORIGINAL, number(original.value.estimate, digits), "", "", "", "", _size(original, original), ""]
     lines = [tuple(Entry(text) for text in first)]
     for cell in cells:
@@ -103,7 +105,7 @@ def _block(results: Results, block: Block) -> Table:
         f"{block.model}, {block.keep:.3g} of the experts, calibration {block.calibration}",
         (
             *("recipe", analysis.metric.rpartition("/")[2], "change from the original"),
-            *(f"against {analysis.baseline}", "adjusted p", "damage taken back", "size", "moved"),
+            *("difference from the baseline", "adjusted p", "taken back", "size", "moved"),
         ),
         tuple(lines),
         _sampled(cells),
@@ -116,12 +118,12 @@ def _line(cell: Cell, original: Cell, one: Comparison | None, baseline: str, dig
     tone: Tone = one.verdict if one else ""
     against = f"{_SIGNS[one.verdict]} {interval(one.difference, digits)}" if one else "baseline" if is_baseline else "–"
     return (
-        Entry(_recipe(cell.recipe, baseline), bold=is_baseline),
+        Entry(cell.recipe, bold=is_baseline),
         Entry(number(cell.value.estimate, digits)),
         Entry(interval(cell.rise, digits)),
         Entry(against, tone),
         Entry(probability(one.p_adjusted) if one else ""),
-        Entry(_share(one.recovered) if one and one.recovered else "" if is_baseline else "–"),
+        Entry(share(one.recovered) if one and one.recovered else "" if is_baseline else "–"),
         Entry(_size(cell, original)),
         Entry(f"{100 * cell.moved:.0f} %"),
     )
@@ -130,25 +132,28 @@ def _line(cell: Cell, original: Cell, one: Comparison | None, baseline: str, dig
 def _sampled(cells: Sequence[Cell]) -> str:
     documents = _spread([cell.documents for cell in cells], "document")
     seeds = _spread([cell.seeds for cell in cells], "calibration seed")
-    return f"{documents}, {seeds}. {MARKS} Moved: segments that were moved per segment of a dropped expert."
+    return f"{documents}, {seeds}."
 
 
 def _spread(counts: Sequence[int], what: str) -> str:
     low, high = min(counts), max(counts)
-    text = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    return f"{text} {what}{'' if high == 1 else 's'}"
+    return f"{low:,} to {counted(high, what)}" if low < high else counted(high, what)
 
 
 def refused(results: Results) -> Table | None:
     """The sentences of what dernkit refused."""
-    lines = []
+    places: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for row in results.rows:
         if row.refused:
-            where = f"{row.model}, {row.keep:.3g}, {row.calibration}, seed {row.seed}"
-            lines.append((Entry(row.recipe), Entry(where), Entry(row.refused)))
+            where = places.setdefault((row.recipe, row.model, row.refused), {})
+            where.setdefault(f"keep {row.keep:.3g}, {row.calibration}", []).append(str(row.seed))
+    lines = []
+    for (recipe, model, why), found in places.items():
+        cells = "; ".join(f"{where}, seed {', '.join(seeds)}" for where, seeds in found.items())
+        lines.append((Entry(recipe), Entry(model), Entry(cells), Entry(why)))
     if not lines:
         return None
-    return Table("Refused", ("recipe", "where", "why"), tuple(lines), words=3)
+    return Table("Cells without a result", ("recipe", "model", "where", "why"), tuple(lines), words=4)
 
 
 def _recipe(name: str, baseline: str) -> str:
@@ -159,27 +164,10 @@ def _size(cell: Cell, original: Cell) -> str:
     return f"{cell.bytes / 1e6:,.1f} MB ({100 * cell.bytes / original.bytes:.0f} %)"
 
 
-def _share(share: Interval) -> str:
-    low, high = (f"{100 * end:.0f}".replace("-", "−") if math.isfinite(end) else "∞" for end in (share.low, share.high))
-    return f"{100 * share.estimate:.0f} % [{low}, {high}]".replace("-", "−")
-
-
-def interval(found: Interval, digits: int) -> str:
-    """``+0.12 [+0.10, +0.14]``."""
-    return (
-        f"{number(found.estimate, digits, sign=True)} "
-        f"[{number(found.low, digits, sign=True)}, {number(found.high, digits, sign=True)}]"
-    )
-
-
-def number(value: float, digits: int, *, sign: bool = False) -> str:
-    """With a real minus, so that columns align."""
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    return text.replace("-", "−")
-
-
-def probability(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def _block_digits(cells: Sequence[Cell]) -> int:
+    """The same for all recipes of a block: most of their intervals show two digits of their width."""
+    found = sorted(_digits(cell.rise) for cell in cells if cell.rise and cell.rise.high > cell.rise.low)
+    return found[len(found) // 2] if found else 4
 
 
 def _digits(found: Interval) -> int:

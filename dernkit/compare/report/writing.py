@@ -9,6 +9,7 @@ from dernkit.compare.report.inputs import read
 from dernkit.compare.report.markdown import PLOTS, markdown
 from dernkit.compare.report.page import page
 from dernkit.compare.report.sections import sections
+from dernkit.compare.report.words import counted
 
 HTML, MARKDOWN = "report.html", "report.md"
 
@@ -31,7 +32,7 @@ def write_report(out: Path, *, metric: str, baseline: str) -> list[Path]:
     available()
     results = read(out, metric=metric, baseline=baseline)
     parts = sections(results)
-    title = f"{len(results.recipes)} recipes on {', '.join(results.models)}"
+    title = f"{counted(len(results.recipes), 'recipe')} on {', '.join(results.models)}"
     sentence = results.analysis.sentence
     pictures = {f"{picture.name}.svg": picture for part in parts for picture in part.pictures}
     plots = out / PLOTS
