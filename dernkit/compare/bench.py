@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dernkit.api import Evaluator, Scorer
+from dernkit.api import Evaluator, Observing, Scorer
 from dernkit.binding import Binder
 from dernkit.compare.entries import Entry, bind_entry, entries, values
 from dernkit.compare.rows import ORIGINAL
@@ -183,11 +183,12 @@ def _check_baseline(binder: Binder, baseline: str | None, model: BenchModel) -> 
 def _check_metric(binder: Binder, metric: str | None, model: BenchModel) -> None:
     if metric is None or None in model.evaluators:
         return
-    names = evaluator_names(model.evaluators)
+    pairs = zip(evaluator_names(model.evaluators), model.evaluators, strict=True)
+    names = [name for name, evaluator in pairs if isinstance(evaluator, Observing)]
     if metric.partition("/")[0] not in names or "/" not in metric:
         binder.problem(
             ("metric",),
-            f"must be a metric of an evaluator of every model, as in {(names or ['perplexity'])[0]}/bits_per_byte. "
+            f"must be EVALUATOR/METRIC of an evaluator of every model that looks at single documents. "
             f"Got '{metric}' instead. '{model.name}' has {', '.join(names) or 'none'}.",
         )
 

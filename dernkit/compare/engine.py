@@ -11,10 +11,10 @@ from pathlib import Path
 
 from dernkit.artifacts import exclusive, fresh
 from dernkit.compare.bench import Bench
-from dernkit.compare.cells import Growth, Task, tasks
+from dernkit.compare.cells import Cell, Growth, Task, tasks
 from dernkit.compare.work import CELLS, GROWTHS, PARTIAL, STATISTICS, TIMINGS, Places, start
 from dernkit.compare.workers import Work, run_tasks
-from dernkit.errors import CheckpointError
+from dernkit.errors import CheckpointError, RecipeError
 from dernkit.progress import Progress
 from dernkit.registry import Registry
 from dernkit.sentences import reason
@@ -64,12 +64,15 @@ class Comparison:
         with self.registry.naming_plugins():
             asked = tasks(self.bench, self.registry, trust_remote_code=self.trust_remote_code)
         with self._locked():
+            for task in asked:
+                self._check_metric(task)
             left = [task for task in asked if self.checkpoints or not self._is_done(task)]
             with self.progress.track("compare", len(asked), "cells") as tracker:
                 tracker.advance(len(asked) - len(left), "measured before")
 
                 def done(task: Task, seconds: float) -> None:
                     self._note(task, seconds)
+                    self._check_metric(task)
                     tracker.advance(1, task.name)
 
                 run_tasks(left, self._start(), done, jobs=self.jobs)
@@ -103,6 +106,16 @@ class Comparison:
     def _is_done(self, task: Task) -> bool:
         places = Places(self.out)
         return (places.points(task) if isinstance(task, Growth) else places.row(task)) is not None
+
+    def _check_metric(self, task: Task) -> None:
+        """An original that is measured has what the report will be about: better to know it now than at the end."""
+        row = Places(self.out).row(task) if isinstance(task, Cell) and task.recipe is None else None
+        if row is not None and self.bench.metric not in row.observations:
+            names = ", ".join(sorted(row.observations)) or "none"
+            raise RecipeError(
+                f"{self.bench.path}: metric: must be what an evaluator observes. Got '{self.bench.metric}' instead. "
+                f"{row.model} has {names}."
+            )
 
     def _note(self, task: Task, seconds: float) -> None:
         """Times are beside the results: these are the same bytes whenever they are made."""

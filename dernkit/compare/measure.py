@@ -18,7 +18,7 @@ from dernkit.api import Block, Evaluator, Observations, Observing
 from dernkit.api import Subject as Measured
 from dernkit.artifacts import publish, safetensors_key
 from dernkit.compare.bench import evaluator_names
-from dernkit.compare.cells import Cell, Context, Growth, Subject
+from dernkit.compare.cells import ALWAYS, Cell, Context, Growth, Subject
 from dernkit.compare.facts import layer_facts, live_sizes, moved_share, similarity
 from dernkit.compare.remember import Memory
 from dernkit.compare.rows import LayerFacts, Row
@@ -43,7 +43,7 @@ Sizes = tuple[int, int, int]
 class _Loaded:
     """A model in memory."""
 
-    subject: Subject
+    fingerprint: str
     source: SourceModel
     """Its config and headers."""
     model: Any
@@ -90,12 +90,13 @@ class Laboratory:
 
     def _original(self, cell: Cell) -> Row:
         loaded = self._load(cell.context.subject)
-        observations, metrics = _observed(loaded.subject.evaluators, loaded.original)
+        observations, metrics = _observed(cell.context.subject.evaluators, loaded.original)
         details = cell.details | similarity(loaded.blocks)
-        return _row(cell, loaded.subject.sizes, observations=observations, metrics=metrics, details=details)
+        return _row(cell, cell.context.subject.sizes, observations=observations, metrics=metrics, details=details)
 
     def _compressed(self, cell: Cell, stats: Mapping[int, LayerStats]) -> Row:
-        loaded, recipe = self._load(cell.context.subject), cell.recipe
+        subject, recipe = cell.context.subject, cell.recipe
+        loaded = self._load(subject)
         assert recipe is not None and recipe.calibrate is not None
         layers: list[LayerFacts] = []
         names: set[str] = set()
@@ -113,15 +114,15 @@ class Laboratory:
             self.registry,
             Silent(),
             given=None if sequential else stats,
-            requires=cell.context.requires if sequential else frozenset(),
+            requires=ALWAYS,
             seen=seen,
         )
-        before, live = loaded.subject.sizes, live_sizes(model, frozenset(names))
-        parameters, size, experts = (x - y + z for x, y, z in zip(before, loaded.sizes, live, strict=True))
+        live = live_sizes(model, frozenset(names))
+        parameters, size, experts = (x - y + z for x, y, z in zip(subject.sizes, loaded.sizes, live, strict=True))
         original = loaded.original
         Memory().attach(model.float())  # evaluators look at the same texts
-        subject = Measured(model, original.tokenizer, original.path, lambda: original)
-        observations, metrics = _observed(loaded.subject.evaluators, subject)
+        compressed = Measured(model, original.tokenizer, original.path, lambda: original)
+        observations, metrics = _observed(subject.evaluators, compressed)
         return _row(
             cell,
             (parameters, size, experts),
@@ -132,7 +133,7 @@ class Laboratory:
         )
 
     def _load(self, subject: Subject) -> _Loaded:
-        if self._loaded is None or self._loaded.subject.fingerprint != subject.fingerprint:
+        if self._loaded is None or self._loaded.fingerprint != subject.fingerprint:
             self._loaded = None  # before the next one takes its place
             use_architecture(subject.path, self.registry.components("architecture"))
             adapters = [component.cls() for component in self.registry.components("adapter")]
@@ -143,7 +144,7 @@ class Laboratory:
             original = Measured(copy.deepcopy(model).float(), tokenizer, subject.path)
             Memory().attach(original.model)
             source = read_source(subject.path, trust_remote_code=self.trust_remote_code)
-            self._loaded = _Loaded(subject, source, model, blocks, sizes, original)
+            self._loaded = _Loaded(subject.fingerprint, source, model, blocks, sizes, original)
         return self._loaded
 
     def _tokens(self, context: Context) -> list[Tensor]:

@@ -105,8 +105,8 @@ CASES: list[tuple[str, str, list[str]]] = [
         "metric: perplexity/loss",
         "metric: lm-eval/acc",
         [
-            f"bench.yaml:19: metric: must be a metric of an evaluator of every model, as in perplexity/bits_per_byte. "
-            f"Got 'lm-eval/acc' instead. '{model}' has perplexity."
+            "bench.yaml:19: metric: must be EVALUATOR/METRIC of an evaluator of every model that looks at single "
+            f"documents. Got 'lm-eval/acc' instead. '{model}' has perplexity."
             for model in ("small", "large")
         ],
     ),

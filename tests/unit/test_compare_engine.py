@@ -225,6 +225,18 @@ def test_another_directory_is_refused(comparing: Comparing, registry: Registry) 
         comparing.compare(registry)
 
 
+def test_a_metric_that_nothing_observes_is_refused_when_the_first_original_is_measured(
+    comparing: Comparing, registry: Registry
+) -> None:
+    comparing.write(metric="perplexity/bits")
+    for _ in range(2):
+        with pytest.raises(
+            RecipeError, match=r"Got 'perplexity/bits' instead\. mixtral has fidelity/kl, .*, perplexity"
+        ):
+            comparing.compare(registry)
+    assert len(list(comparing.out.glob("cells/*"))) == 1
+
+
 def test_files_that_are_not_there_are_named_before_anything_is_done(comparing: Comparing, registry: Registry) -> None:
     comparing.write(evaluate=[{**TEXTS, "path": "nowhere"}])
     with pytest.raises(RecipeError, match=r"evaluate, model 'mixtral': .*nowhere must exist"):
