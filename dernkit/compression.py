@@ -18,7 +18,7 @@ from dernkit.progress import Progress, Silent
 from dernkit.recipe import Recipe, bind_recipe, load_recipe
 from dernkit.registry import Registry
 from dernkit.stages import sequential
-from dernkit.stages.apply import apply_live, check_new_width
+from dernkit.stages.apply import Seen, apply_live, check_new_width
 from dernkit.stages.calibrate import Live, calibrate_live, eager_experts
 from dernkit.stages.plan import plan_blocks
 from dernkit.types import LayerPlan, LayerStats
@@ -55,12 +55,32 @@ def compress(
     """
     registry = registry or Registry.load()
     with registry.naming_plugins():
-        return _compress(model, _bound(recipe, registry), batches, registry, progress or Silent())
+        return compress_bound(model, _bound(recipe, registry), list(batches), registry, progress or Silent())
 
 
-def _compress(
-    model: Any, bound: Recipe, batches: Iterable[Tensor], registry: Registry, progress: Progress
+def compress_bound(
+    model: Any,
+    bound: Recipe,
+    tokens: Sequence[Tensor],
+    registry: Registry,
+    progress: Progress,
+    *,
+    given: Mapping[int, LayerStats] | None = None,
+    requires: frozenset[str] = frozenset(),
+    seen: Seen | None = None,
 ) -> list[LayerPlan]:
+    """As `compress`, of a bound recipe.
+
+    Args:
+        model: as there.
+        bound: the recipe.
+        tokens: calibration batches [b, s].
+        registry: as there.
+        progress: as there.
+        given: statistics that were collected on the tokens before, for a recipe that is not sequential.
+        requires: statistics to collect beside those that the recipe reads.
+        seen: as for `apply_live`.
+    """
     refuse_quantised(model)
     blocks = find_blocks(model, [component.cls() for component in registry.components("adapter")])
     blocks = regrouped(model, blocks, collapse=bound.plan.groups == "collapse")
@@ -68,13 +88,12 @@ def _compress(
     check_export(blocks, bound.apply.export)
     for block in blocks:
         block.router_kind()  # runs the router: one that does not do what its shapes say is refused here
-    tokens = list(batches)
-    if bound.requires and not tokens:
+    if bound.requires and not tokens and given is None:
         raise RecipeError(
             f"batches: must hold calibration tokens, as the recipe reads {', '.join(sorted(bound.requires))}. "
             f"Got none instead."
         )
-    stats, plans = _decided(model, blocks, tokens, bound, progress)
+    stats, plans = _decided(model, blocks, tokens, bound, progress, given, requires)
     how = bound.apply
     apply_live(
         model,
@@ -86,20 +105,28 @@ def _compress(
         width=how.width,
         export=how.export,
         stats=stats,
+        seen=seen,
     )
     return plans
 
 
 def _decided(
-    model: Any, blocks: Sequence[Block], tokens: Sequence[Tensor], bound: Recipe, progress: Progress
-) -> tuple[dict[int, LayerStats], list[LayerPlan]]:
+    model: Any,
+    blocks: Sequence[Block],
+    tokens: Sequence[Tensor],
+    bound: Recipe,
+    progress: Progress,
+    given: Mapping[int, LayerStats] | None,
+    requires: frozenset[str],
+) -> tuple[Mapping[int, LayerStats], list[LayerPlan]]:
     """Statistics of every MoE layer, and its plan; the model stays as it is."""
-    stats: dict[int, LayerStats] = {}
-    if bound.requires and bound.calibrate:
+    stats = given or {}
+    requires |= bound.requires
+    if requires and bound.calibrate and (given is None or bound.calibrate.sequential):
         sizes: Any = {"sample_size": bound.calibrate.sample, "seed": bound.seed, "progress": progress}
         if bound.calibrate.sequential:
-            return sequential.calibrate_live(model, blocks, tokens, bound.requires, bound.plan, bound.apply, **sizes)
-        stats = calibrate_live(model, blocks, tokens, bound.requires, **sizes)
+            return sequential.calibrate_live(model, blocks, tokens, requires, bound.plan, bound.apply, **sizes)
+        stats = calibrate_live(model, blocks, tokens, requires, **sizes)
     with eager_experts(model):
         return stats, plan_blocks(blocks, bound.plan, stats, Live(), progress)
 

@@ -53,6 +53,8 @@ class Document:
     base: Path
     data: Any = None
     located: bool = False
+    overrides_base: Path = Path()
+    """Folder from which relative paths in overrides start."""
     lines: dict[Keys, int] = field(default_factory=dict)
     overridden: set[Keys] = field(default_factory=set)
     problems: list[tuple[float, str]] = field(default_factory=list)
@@ -70,7 +72,7 @@ class Document:
 
     def base_of(self, keys: Keys) -> Path:
         """The folder from which a relative path at ``keys`` starts."""
-        return Path() if self._is_overridden(keys) else self.base
+        return self.overrides_base if self._is_overridden(keys) else self.base
 
     def raise_problems(self) -> None:
         """Raises one RecipeError with all problems, in the order of their lines."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,22 +34,16 @@ class Parts:
     def components(self) -> list[Component]:
         """Registered components of everything that the recipe uses, nested ones included, by kind and name."""
         recipe = self.recipe
-        parts = [*self._named(), ("report", recipe.report)]
+        parts = [*named(recipe), ("report", recipe.report)]
         parts += [("evaluator", evaluator) for evaluator in recipe.evaluators]
         parts += [("source", recipe.calibrate.source)] if recipe.calibrate else []
         parts += [("adapter", adapter) for adapter in self.adapters()]
-        used = {self.architecture} if self.architecture else set()
-        while parts:
-            kind, part = parts.pop()
-            component = self.registry.get(kind, part.name)
-            used.add(component)
-            nested = [(option.nested, getattr(part, option.name)) for option in component.options if option.nested]
-            parts += [(kind, inner) for kind, inner in nested if kind and inner is not None]
+        used = {*components_of(self.registry, parts), *([self.architecture] if self.architecture else [])}
         return sorted(used, key=lambda component: (component.kind, component.name))
 
     def readers(self) -> list[tuple[str, str, frozenset[str]]]:
         """Kind and name of all that decides and acts, and the statistics that it reads, nested ones' included."""
-        return [(kind, part.name, self.registry.requires(kind, part)) for kind, part in self._named()]
+        return [(kind, part.name, self.registry.requires(kind, part)) for kind, part in named(self.recipe)]
 
     def versions(self, *kinds: str) -> list[Any]:
         """What makes a stage's code: dernkit's version and those of the plugins that take part (the model's does)."""
@@ -62,8 +57,22 @@ class Parts:
             for c in self.components()
         ]
 
-    def _named(self) -> list[tuple[str, Any]]:
-        plan, apply = self.recipe.plan, self.recipe.apply
-        parts: list[tuple[str, Any]] = [("scorer", plan.scorer), ("budget", plan.budget), ("selector", plan.selector)]
-        parts += [("assigner", plan.assigner), ("merge", apply.merge), ("router", apply.router)]
-        return [(kind, part) for kind, part in parts if part is not None]
+
+def named(recipe: Recipe) -> list[tuple[str, Any]]:
+    """Kind and instance of all that decides and acts in a recipe, nested ones left out."""
+    plan, apply = recipe.plan, recipe.apply
+    parts: list[tuple[str, Any]] = [("scorer", plan.scorer), ("budget", plan.budget), ("selector", plan.selector)]
+    parts += [("assigner", plan.assigner), ("merge", apply.merge), ("router", apply.router)]
+    return [(kind, part) for kind, part in parts if part is not None]
+
+
+def components_of(registry: Registry, parts: Sequence[tuple[str, Any]]) -> set[Component]:
+    """Registered components of instances, by their kind, nested ones included."""
+    left, used = list(parts), set()
+    while left:
+        kind, part = left.pop()
+        component = registry.get(kind, part.name)
+        used.add(component)
+        nested = [(option.nested, getattr(part, option.name)) for option in component.options if option.nested]
+        left += [(kind, inner) for kind, inner in nested if kind and inner is not None]
+    return used

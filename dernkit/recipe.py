@@ -7,15 +7,17 @@ recipe is reported at once with its line.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dernkit import shapes
 from dernkit.binding import Binder
 from dernkit.document import Document, Keys, override, read_document
 from dernkit.sentences import expected
-from dernkit.shapes import Choice, Flag, Number, plain
+from dernkit.shapes import Choice, Flag, Number
 
 if TYPE_CHECKING:
     from dernkit.api import Assigner, Budget, Evaluator, Merge, Report, Router, Scorer, Selector, Source
@@ -71,6 +73,11 @@ class CalibrateSpec:
     sequential: bool = DEFAULT_SEQUENTIAL
     """Whether each layer sees what the compressed layers before it put out."""
 
+    def resolved(self, base: Path | None = None) -> dict[str, Any]:
+        """The section as plain data; paths are absolute, or as they are seen from ``base``."""
+        sizes = {name: getattr(self, name) for name in CALIBRATE[1:]}
+        return {"source": shapes.plain(self.source, base), **sizes}
+
 
 @dataclass(frozen=True, slots=True)
 class PlanSpec:
@@ -116,8 +123,12 @@ class Recipe:
     path: Path | None = field(default=None, compare=False)
     """The file that it was read from."""
 
-    def resolved(self) -> dict[str, Any]:
-        """The same recipe as plain data with every default written out; binding it gives an equal recipe."""
+    def resolved(self, base: Path | None = None) -> dict[str, Any]:
+        """The same recipe as plain data with every default written out; binding it gives an equal recipe.
+
+        Paths are absolute, or as they are seen from ``base``.
+        """
+        plain = functools.partial(shapes.plain, base=base)
         plan = {"keep": self.plan.keep, "score": plain(self.plan.scorer), "budget": plain(self.plan.budget)}
         plan["select"] = plain(self.plan.selector)
         if self.plan.assigner is not None:
@@ -127,8 +138,7 @@ class Recipe:
         width = {} if self.apply.width is None else {"width": self.apply.width}
         data: dict[str, Any] = {"dernkit": self.version, "seed": self.seed}
         if self.calibrate is not None:
-            sizes = {name: getattr(self.calibrate, name) for name in CALIBRATE[1:]}
-            data["calibrate"] = {"source": plain(self.calibrate.source), **sizes}
+            data["calibrate"] = self.calibrate.resolved(base)
         return data | {
             "plan": plan,
             "apply": {
@@ -153,7 +163,7 @@ def load_recipe(path: Path | str, registry: Registry, overrides: Sequence[str] =
     """
     document = read_document(Path(path))
     override(document, overrides)
-    return dataclasses.replace(_bind(document, registry), path=Path(path))
+    return dataclasses.replace(_sound(document, registry), path=Path(path))
 
 
 def bind_recipe(mapping: Mapping[str, Any], registry: Registry, base: Path = Path()) -> Recipe:
@@ -162,26 +172,32 @@ def bind_recipe(mapping: Mapping[str, Any], registry: Registry, base: Path = Pat
     Raises:
         RecipeError: all problems at once, each with its dotted path.
     """
-    return _bind(Document("the recipe", base, data=mapping), registry)
+    return _sound(Document("the recipe", base, data=mapping), registry)
 
 
-def _bind(document: Document, registry: Registry) -> Recipe:
+def _sound(document: Document, registry: Registry) -> Recipe:
+    recipe = bind_document(document, registry)
+    document.raise_problems()
+    return recipe
+
+
+def bind_document(document: Document, registry: Registry) -> Recipe:
+    """The recipe in a document, which is sound if that has no problems afterwards."""
     binder = Binder(document, registry)
     binder.section((), TOP)
     version = binder.entry(("dernkit",), Choice((VERSION,)))
     seed = binder.entry(("seed",), SEED, DEFAULT_SEED)
-    calibrate, plan, apply = _calibrate(binder), _plan(binder), _apply(binder)
+    calibrate, plan, apply = bind_calibrate(binder, ("calibrate",)), _plan(binder), _apply(binder)
     evaluators = tuple(binder.component(("evaluate", i), "evaluator") for i in binder.entries(("evaluate",)))
     report = binder.component(("report",), "report", DEFAULT_REPORT)
     requires = _check_statistics(binder)
     _check_sequential(binder, calibrate, plan)
-    document.raise_problems()
     return Recipe(version, seed, calibrate, plan, apply, evaluators, report, requires)
 
 
-def _calibrate(binder: Binder) -> CalibrateSpec | None:
-    here: Keys = ("calibrate",)
-    if not binder.section(here, CALIBRATE):
+def bind_calibrate(binder: Binder, here: Keys, known: Sequence[str] = CALIBRATE) -> CalibrateSpec | None:
+    """The `calibrate` section at ``here``, which may have the keys ``known``; None where there is none."""
+    if not binder.section(here, known):
         return None
     return CalibrateSpec(
         source=binder.component((*here, "source"), "source"),

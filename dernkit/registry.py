@@ -47,6 +47,8 @@ BUILTINS = (
     "dernkit.builtin.routers",
     "dernkit.builtin.sources",
     "dernkit.builtin.evaluators",
+    "dernkit.builtin.generation",
+    "dernkit.builtin.lm_eval",
     "dernkit.builtin.reports",
     "dernkit.models.universal",
 )
@@ -56,6 +58,7 @@ class Registry:
     """All components that recipes can name. There is no global one: whoever needs a registry is given it.
 
     ``problems`` holds a PluginError for each thing that an installed plugin got wrong; the rest of it is usable.
+    ``plugins``: whether installed plugins were looked for.
 
     Args:
         specs: a module with the hooks' specifications.
@@ -64,6 +67,7 @@ class Registry:
 
     def __init__(self, specs: ModuleType = hookspecs, version: int = API_VERSION) -> None:
         self.problems: list[PluginError] = []
+        self.plugins = False
         self._components: dict[tuple[str, str], Component] = {}
         self._version = version
         self._specs = {name: spec.hook for name, spec in vars(specs).items() if name.startswith("dernkit_")}
@@ -77,6 +81,7 @@ class Registry:
         version = metadata.version("dernkit")
         for module in BUILTINS:
             registry.register(importlib.import_module(module), module, distribution="dernkit", version=version)
+        registry.plugins = entry_points
         if entry_points:
             for point in sorted(metadata.entry_points(group=GROUP), key=_entry_order):
                 registry._load_entry_point(point)

@@ -36,7 +36,7 @@ from dernkit.kernel import calls
 from dernkit.models.architecture import use_architecture
 from dernkit.models.export import check_export
 from dernkit.models.folder import RECORD as MADE_FROM
-from dernkit.models.folder import other_files
+from dernkit.models.folder import TOKENIZER, other_files
 from dernkit.models.source import SourceModel, open_source
 from dernkit.parts import ACTING, DECIDING, Parts
 from dernkit.progress import Progress
@@ -46,7 +46,6 @@ from dernkit.sentences import reason
 from dernkit.stages import apply, calibrate, evaluate, journal, plan, sequential
 from dernkit.types import LayerPlan, LayerStats
 
-_TOKENIZER = ("token*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
 _VERSIONED = ("dernkit", "torch", "transformers", "safetensors")
 
 
@@ -177,7 +176,7 @@ class Run:
             sorted(requires),
             self.recipe.seed,
             fingerprint,
-            [(file.name, file_digest(file)) for pattern in _TOKENIZER for file in sorted(self.path.glob(pattern))],
+            [(file.name, file_digest(file)) for pattern in TOKENIZER for file in sorted(self.path.glob(pattern))],
             self._parts.versions("source", "adapter"),
             # Then the statistics are made with the plan, and with what it makes of the layers.
             [resolved["plan"], surgery, self._parts.versions(*DECIDING, *ACTING)] if self._sequential else [],

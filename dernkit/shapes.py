@@ -152,14 +152,17 @@ class Nested:
         return {"$ref": f"#/$defs/{self.kind}"}
 
 
-def plain(value: Any) -> Any:
-    """A value as YAML and JSON hold it; a component becomes ``{use: name, option: value}`` with all its options."""
+def plain(value: Any, base: Path | None = None) -> Any:
+    """A value as YAML and JSON hold it; a component becomes ``{use: name, option: value}`` with all its options.
+
+    Paths are absolute, or as they are seen from ``base``, so that they mean the same on another machine.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        options = {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        options = {field.name: plain(getattr(value, field.name), base) for field in fields(value)}
         return {"use": value.name} | options  # type: ignore[attr-defined]
     if isinstance(value, Path):
-        return str(value)
-    return [plain(entry) for entry in value] if isinstance(value, tuple) else value
+        return str(value) if base is None else Path(os.path.relpath(value, base)).as_posix()
+    return [plain(entry, base) for entry in value] if isinstance(value, tuple) else value
 
 
 def _bound(value: float) -> float:

@@ -201,7 +201,10 @@ def commands() -> Iterator[str]:
     yield "Errors are one sentence on standard error, without a traceback; the exit codes are in [errors](errors.md)."
     yield "Progress goes to standard error as well: bars on a terminal, a line now and then elsewhere."
     yield from ("", "## dernkit", "", "```text", help_text(cli, "dernkit"), "```")
-    for name, command in cli.commands.items():
+    named = dict(cli.commands)
+    for group, command in cli.commands.items():
+        named |= {f"{group} {name}": inner for name, inner in getattr(command, "commands", {}).items()}
+    for name, command in named.items():
         yield from ("", f"## dernkit {name}", "", "```text", help_text(command, f"dernkit {name}"), "```")
 
 

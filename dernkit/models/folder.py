@@ -19,6 +19,8 @@ from dernkit.models.ragged import FIELD
 from dernkit.models.source import SourceModel, open_source
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx")
+TOKENIZER = ("token*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
+"""Patterns of a tokenizer's files."""
 RECORD = "dernkit.json"
 """What a result was made from, and its files."""
 SOURCE_CARD = "SOURCE_README.md"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -29,6 +29,9 @@ from dernkit.progress import Progress
 from dernkit.stages.journal import JOURNAL, Journal
 from dernkit.types import CompressedLayer, ExpertBank, LayerDims, LayerPlan, LayerStats
 
+Seen = Callable[[Block, LayerPlan, CompressedLayer, LayerStats], None]
+"""What is shown a layer: its block as it was, its plan, what came of it, and its statistics."""
+
 
 def apply_live(
     model: Any,
@@ -41,11 +44,14 @@ def apply_live(
     width: int | None = None,
     export: str = "auto",
     stats: Mapping[int, LayerStats] = MappingProxyType({}),
+    seen: Seen | None = None,
 ) -> Export:
     """Surgery on every block of a model in memory, and on its config.
 
     Layers that keep different numbers of experts are padded where ``export`` wants it; where not, the config gets a
     field that `load_model` understands, and transformers refuses what ``save_pretrained`` then writes.
+
+    ``seen`` is shown every layer, padding left out, after all are compressed and before the first is put in its place.
     """
     blocks = regrouped(model, blocks, collapse=_one_group(plans))
     check_new_width(blocks, width)
@@ -58,6 +64,9 @@ def apply_live(
             compress_layer(block.bank(), plan, merge, router, width, seed, stats.get(block.layer, NO_STATISTICS))
             for block, plan in zip(blocks, plans, strict=True)
         ]
+        for each in zip(blocks, plans, layers, strict=True):
+            if seen is not None:
+                seen(*each, stats.get(each[0].layer, NO_STATISTICS))
         filled = [_filled(*each, result) for each in zip(layers, blocks, plans, strict=True)]
         for block, plan, layer in zip(blocks, plans, filled, strict=True):
             block.replace(layer)

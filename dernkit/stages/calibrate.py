@@ -62,9 +62,10 @@ def calibrate_live(
     sample_size: int,
     seed: int,
     progress: Progress,
+    first_token: int = 0,
 ) -> dict[int, LayerStats]:
     """The same statistics, bit for bit, from a model that is whole in memory."""
-    collector = Collector(blocks, requires, sample_size=sample_size, seed=seed)
+    collector = Collector(blocks, requires, sample_size=sample_size, seed=seed, first_token=first_token)
     with eager_experts(model):
         return collector.run(decoder_stack(model, blocks), batches, Live(), progress)
 

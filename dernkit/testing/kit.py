@@ -10,14 +10,24 @@ from dernkit.components import KINDS
 from dernkit.errors import PluginError
 from dernkit.sentences import did_you_mean
 from dernkit.testing.law import Check, kind_of, label
-from dernkit.testing.laws import assigners, budgets, merges, others, routers, scorers, selectors, similarities
+from dernkit.testing.laws import (
+    assigners,
+    budgets,
+    merges,
+    observing,
+    others,
+    routers,
+    scorers,
+    selectors,
+    similarities,
+)
 from dernkit.testing.laws.common import common_laws
 from dernkit.testing.trials import LAYER_KINDS
 
 Expected = Mapping[str, Mapping[str, str]]
 """Class name, or class name with options as in test ids -> id of a law -> why the component breaks it."""
 
-_MODULES = (scorers, budgets, selectors, assigners, similarities, merges, routers, others)
+_MODULES = (scorers, budgets, selectors, assigners, similarities, merges, routers, others, observing)
 
 
 def all_checks() -> list[Check]:

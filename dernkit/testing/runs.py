@@ -24,8 +24,10 @@ TEXT = " ".join("".join(_DICE.choices("abcdefghij", k=4)) for _ in range(200))
 
 
 def subject() -> Subject:
-    """A tiny model in eval mode with its tokenizer; new at each call."""
-    return Subject(tiny_model("mixtral", num_hidden_layers=2), tiny_tokenizer(), Path(NAME))
+    """A tiny model in eval mode with its tokenizer, and another one as its original; new at each call."""
+    models = [tiny_model("mixtral", num_hidden_layers=2, seed=seed) for seed in (0, 1)]
+    original = Subject(models[1], tiny_tokenizer(), Path(NAME))
+    return Subject(models[0], original.tokenizer, Path(NAME), lambda: original)
 
 
 def facts() -> dict[str, Any]:

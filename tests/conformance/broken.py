@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import torch
 from annotated_types import Interval
 
-from dernkit.api import Assignment, CheckpointError, LayerPlan, Match, Pool, Retention
+from dernkit.api import Assignment, CheckpointError, LayerPlan, Match, Observations, Pool, Retention
 from dernkit.builtin.assigners import Affinity, NoMoves
 from dernkit.builtin.budgets import Uniform
+from dernkit.builtin.evaluators import Perplexity
 from dernkit.builtin.reports import Markdown
 from dernkit.builtin.scorers import GateMass
 from dernkit.builtin.selectors import TopScore
@@ -20,6 +22,7 @@ from dernkit.builtin.sources import TextFile
 from dernkit.models.universal import Universal
 
 NOTHING: frozenset[str] = frozenset()
+TEXTS = Path(__file__).parent / "texts.jsonl"
 
 
 def norms(bank: Any) -> torch.Tensor:
@@ -328,8 +331,7 @@ class BrokenSource:
     def tokens(self, tokenizer: Any, sequences: int, length: int, rng: Any) -> torch.Tensor:
         if self.law == "too_short" and length > 1000:
             return torch.zeros(sequences, 1, dtype=torch.int64)
-        path = Path(__file__).parent / "texts.jsonl"
-        good = TextFile(path).tokens(tokenizer, sequences, length, rng)
+        good = TextFile(TEXTS).tokens(tokenizer, sequences, length, rng)
         match self.law:
             case "shape":
                 return good[:, :-1]
@@ -350,6 +352,38 @@ class BrokenEvaluator:
 
     def evaluate(self, subject: Any) -> Mapping[str, float]:
         return {"loss": float("nan")}
+
+
+@dataclass(frozen=True)
+class BrokenObserver:
+    """Perplexity by document, with one thing wrong."""
+
+    name: ClassVar[str] = "broken"
+    law: str = ""
+
+    def evaluate(self, subject: Any) -> Mapping[str, float]:
+        found = Perplexity(TEXTS, length=32).evaluate(subject)
+        match self.law:
+            case "adds_up":
+                return {"texts/loss": found["texts/perplexity"]}
+            case "adds_up_to_nothing":
+                return {"loss": found["texts/loss"]}
+        return {"texts/loss": self._loss(subject)["loss"].by_group()["texts"]}
+
+    def observe(self, subject: Any) -> Mapping[str, Observations]:
+        return self._loss(subject)
+
+    def _loss(self, subject: Any) -> Mapping[str, Observations]:
+        seen = Perplexity(TEXTS, length=32).observe(subject)["loss"]
+        match self.law:
+            case "observed_numbers":
+                return {"loss": replace(seen, documents=("texts",) * len(seen.documents))}
+            case "same_documents":
+                order = np.argsort(seen.values)
+                return {"loss": replace(seen, documents=tuple(seen.documents[place] for place in order))}
+            case "original_of_itself":
+                return {"loss": replace(seen, values=seen.values + (subject.original is not None))}
+        return {"loss": seen}
 
 
 @dataclass(frozen=True)
@@ -435,4 +469,4 @@ class BrokenArchitecture:
         return ["a.b"] if self.law == "listed_conversions" else []
 
 
-GOOD = (GateMass(), TopScore(), NoMoves(), Affinity(), Cosine(), Uniform())
+GOOD = (BrokenObserver(), GateMass(), TopScore(), NoMoves(), Affinity(), Cosine(), Uniform())

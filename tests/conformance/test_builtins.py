@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dernkit.builtin.evaluators import Perplexity
+from dernkit.builtin.evaluators import Fidelity, Perplexity
+from dernkit.builtin.generation import Generation
 from dernkit.builtin.merges import SphericalKMeans
 from dernkit.builtin.similarities import Cosine
 from dernkit.builtin.sources import JsonLines, TextFile
@@ -26,6 +27,8 @@ EXAMPLES = [
     TextFile(HERE / "texts.jsonl"),
     JsonLines(HERE / "texts.jsonl"),
     Perplexity(HERE / "texts.jsonl", length=32),
+    Fidelity(HERE / "texts.jsonl", length=32),
+    Generation(HERE / "texts.jsonl", prompts=5, prompt_length=16, new_tokens=8),
     Cosine(parts=("gate", "up", "down")),
     SphericalKMeans(iterations=1),
 ]
@@ -33,7 +36,7 @@ EXAMPLES = [
 
 UNCHECKED = {
     ("source", "datasets"): "reads from the hub",
-    ("evaluator", "lm-eval"): "seconds per call, and tasks on disk; tests/unit/test_evaluators.py runs it",
+    ("evaluator", "lm-eval"): "seconds per call, and tasks on disk; tests/unit/test_lm_eval.py runs it",
 }
 
 _BY_PLACE = "whole experts are compared, and neurons paired by their place"

@@ -20,6 +20,7 @@ MERGE = ("shape", "dtype", "zero_weights", "exact_copies", "arrival_order", "neu
 ROUTER = ("shape", "untouched_rows", "expert_permutation")
 BUDGET = ("measures", "in_range", "within_budget", "keep_all", "layer_order", "expert_permutation")
 SOURCE = ("shape", "dtype", "in_range", "too_short", "determinism")
+OBSERVER = ("observed_numbers", "same_documents", "adds_up", "original_of_itself")
 ARCHITECTURE = ("model_type", "model_of_config", "listed_conversions")
 
 CASES: list[tuple[Any, str]] = [
@@ -38,6 +39,8 @@ CASES: list[tuple[Any, str]] = [
     *((broken.BrokenBudget(law), law) for law in BUDGET),
     *((broken.BrokenSource(law), law) for law in SOURCE),
     (broken.BrokenEvaluator(), "named_numbers"),
+    *((broken.BrokenObserver(law), law) for law in OBSERVER),
+    (broken.BrokenObserver("adds_up_to_nothing"), "adds_up"),
     (broken.Trains(), "no_mutation"),
     (broken.Empty(), "text"),
     (broken.Consumes(), "no_mutation"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dernkit.compare.bench import load_bench
 from dernkit.errors import RecipeError
 from dernkit.recipe import TOP, bind_recipe, load_recipe
 from dernkit.registry import Registry
@@ -63,13 +64,18 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page: Path, here: Path, re
 
 
 def check_recipe(block: Block, here: Path, registry: Registry) -> None:
-    """A block that begins with a file name is saved under it; one named bad… must be refused, all others must bind."""
+    """A block that begins with a file name is saved under it; all must bind, but one named bad… must be refused.
+
+    One named bench… is a bench, and what has no name may be a part of a recipe.
+    """
     named = FILENAME.match(block.text)
     file = here / (named[1] if named else "fragment.yaml")
     file.write_text(block.text, encoding="utf-8")
     if file.name.startswith("bad"):
         with pytest.raises(RecipeError):
             load_recipe(file, registry)
+    elif file.name.startswith("bench"):
+        load_bench(file, registry)
     elif named or "dernkit: 1" in block.text:
         load_recipe(file, registry)
     else:

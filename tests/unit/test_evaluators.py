@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import json
+import copy
 import math
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
-from dernkit.api import RecipeError, Subject
-from dernkit.builtin.evaluators import LmEval, Perplexity
+from dernkit.api import CheckpointError, RecipeError, Subject
+from dernkit.builtin.evaluators import Fidelity, Perplexity
 from dernkit.testing.checkpoints import VOCABULARY, tiny_model
 from tests.unit.workbench import TEXT, save_tokenizer
 
@@ -136,6 +135,7 @@ def test_a_hopeless_model_has_an_infinite_perplexity(text: Path) -> None:
 REFUSED = {
     "nothing there": ("none.txt", "must be a text file or a folder of *.txt. Got '{path}' instead."),
     "a folder without texts": ("empty", "must be a text file or a folder of *.txt. Got '{path}' instead."),
+    "an empty text": ("nothing.txt", "texts must have at least 2 tokens. Got 0 in '{path}' instead."),
     "one token": ("short.txt", "texts must have at least 2 tokens. Got 1 in '{path}' instead."),
     "not text": ("binary.txt", "must be UTF-8 text that can be read. Got '{path}' ('utf-8' codec"),
 }
@@ -145,6 +145,7 @@ REFUSED = {
 def test_texts_that_cannot_be_scored_are_refused(subject: Subject, tmp_path: Path, case: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.txt").write_text("w1")
+    (tmp_path / "nothing.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
     name, words = REFUSED[case]
     with pytest.raises(RecipeError) as caught:
@@ -152,58 +153,81 @@ def test_texts_that_cannot_be_scored_are_refused(subject: Subject, tmp_path: Pat
     assert str(caught.value).startswith(f"perplexity.path: {words.format(path=tmp_path / name)}")
 
 
-TASK = """\
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{label}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
+def test_a_model_that_gives_no_numbers_is_refused(subject: Subject, text: Path) -> None:
+    def model(input_ids: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=torch.full((*input_ids.shape, VOCABULARY), math.nan))
+
+    model.get_input_embeddings = lambda: SimpleNamespace(num_embeddings=VOCABULARY)  # type: ignore[attr-defined]
+    broken = replace(subject, model=model, original=lambda: subject)
+    for evaluator, what in ((Perplexity(text), "loss"), (Fidelity(text), "divergence")):
+        with pytest.raises(CheckpointError) as caught:
+            evaluator.observe(broken)
+        assert str(caught.value) == (
+            f"{subject.path}: the model must give finite numbers. Got a {what} of nan on window 'calm:0' instead. "
+            "Look at its weights, or keep them in a wider dtype."
+        )
 
 
-@pytest.fixture
-def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with one task and its data; lm-eval's thousands of own tasks are not indexed."""
-    lm_tasks = pytest.importorskip("lm_eval.tasks")
-    monkeypatch.setattr(lm_tasks, "TaskManager", functools.partial(lm_tasks.TaskManager, include_defaults=False))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = [{"question": f"w{i} w{i + 1}", "choices": ["w3", "w4 w5"], "label": i % 2} for i in range(6)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/tiny.yaml").write_text(TASK.replace("FILE", str(tmp_path / "data.jsonl")))
-    yield tmp_path / "tasks"
+def test_what_is_observed_adds_up_to_what_is_evaluated(subject: Subject, tmp_path: Path) -> None:
+    for name, words in (("law", TEXT[:300]), ("code", TEXT[300:390])):
+        (tmp_path / f"{name}.txt").write_text(words)
+    perplexity = Perplexity(tmp_path, length=16)
+    found, seen = perplexity.evaluate(subject), perplexity.observe(subject)
+    for domain in ("law", "code"):
+        assert seen["loss"].by_group()[domain] == pytest.approx(found[f"{domain}/loss"], rel=1e-12)
+        assert seen["bits_per_byte"].by_group()[domain] == pytest.approx(found[f"{domain}/bits_per_byte"], rel=1e-12)
+    assert seen["loss"].mean() == pytest.approx(found["mean/loss"], rel=1e-12)
+    assert seen["bits_per_byte"].weights.sum() == pytest.approx(390, rel=1e-12)
 
 
-def test_lm_eval_runs_a_local_task(subject: Subject, tasks: Path) -> None:
-    found = LmEval(("tiny_choice",), include_path=tasks, batch_size=2, bootstrap=0).evaluate(subject)
-    assert found["tiny_choice/samples"] == 6
-    assert 0 <= found["tiny_choice/acc"] <= 1
-    right = 0
-    for i in range(6):
-        scores = [choice_score(subject, f"w{i} w{i + 1}", choice) for choice in ("w3", "w4 w5")]
-        right += scores.index(max(scores)) == i % 2
-    assert found["tiny_choice/acc"] == right / 6
+def test_without_a_fast_tokenizer_bytes_are_spread_over_the_tokens(subject: Subject, text: Path) -> None:
+    def slow(words: str, verbose: bool) -> Any:
+        return subject.tokenizer(words, verbose=verbose)
 
-
-def choice_score(subject: Subject, question: str, choice: str) -> float:
-    """Summed log-likelihood of the choice after the question."""
-    ids = torch.tensor(subject.tokenizer(f"{question} {choice}")["input_ids"])
-    return -float(nats(subject.model, ids)[-len(choice.split()) :].sum())
-
-
-def test_an_unknown_task_is_refused(subject: Subject, tasks: Path) -> None:
-    with pytest.raises(RecipeError) as caught:
-        LmEval(("tiny_choice", "arc_esay"), include_path=tasks).evaluate(subject)
-    assert str(caught.value) == (
-        "lm-eval.tasks: must be tasks that lm-eval knows. Got 'arc_esay' instead. List them with: lm_eval ls tasks"
+    plain, spread = (
+        Perplexity(text, length=16).observe(replace(subject, tokenizer=tokenizer))
+        for tokenizer in (subject.tokenizer, slow)
     )
+    assert spread["loss"].values.tolist() == plain["loss"].values.tolist()
+    size, tokens = len(TEXT.encode()), len(subject.tokenizer(TEXT)["input_ids"])
+    scored = spread["loss"].weights.copy()
+    scored[0] += 1  # the first token is not scored, but its bytes are the first window's
+    assert spread["bits_per_byte"].weights == pytest.approx(scored * size / tokens, rel=1e-12)
+    assert plain["bits_per_byte"].weights.sum() == pytest.approx(size, rel=1e-12)
 
 
-def test_a_task_without_its_data_is_refused(subject: Subject, tasks: Path) -> None:
-    (tasks.parent / "data.jsonl").unlink()
-    with pytest.raises(RecipeError, match=r"^lm-eval\.tasks: must run to their end\. Got 'FileNotFoundError: Unable"):
-        LmEval(("tiny_choice",), include_path=tasks).evaluate(subject)
+def test_fidelity_of_the_original_and_of_the_same_weights_is_perfect(subject: Subject, text: Path) -> None:
+    fidelity = Fidelity(text, length=16)
+    itself = fidelity.observe(subject)
+    for twin in (subject, replace(subject, model=copy.deepcopy(subject.model))):
+        seen = fidelity.observe(replace(subject, original=lambda: twin))
+        for metric, exact in (("kl", 0), ("top1", 1)):
+            assert seen[metric].by_group() == {"calm": exact}
+            assert seen[metric].documents == itself[metric].documents
+            assert seen[metric].values.tolist() == itself[metric].values.tolist()
+    assert fidelity.evaluate(subject) == {"calm/kl": 0, "calm/top1": 1, "mean/kl": 0, "mean/top1": 1}
+
+
+def test_fidelity_is_the_nearer_to_perfect_the_nearer_the_weights_are(subject: Subject, tmp_path: Path) -> None:
+    for name, words in (("law", TEXT[:300]), ("code", TEXT[300:390])):
+        (tmp_path / f"{name}.txt").write_text(words)
+    found = []
+    for noise in (0.001, 0.05, 0.5):
+        model = copy.deepcopy(subject.model)
+        with torch.no_grad():
+            for tensor in model.parameters():
+                tensor.add_(noise * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
+        found.append(Fidelity(tmp_path, length=64).evaluate(replace(subject, model=model, original=lambda: subject)))
+    for name in ("law", "code", "mean"):
+        assert 0 < found[0][f"{name}/kl"] < found[1][f"{name}/kl"] < found[2][f"{name}/kl"]
+        assert 1 >= found[0][f"{name}/top1"] > found[1][f"{name}/top1"] > found[2][f"{name}/top1"]
+
+
+def test_an_original_with_another_vocabulary_is_refused(subject: Subject, text: Path) -> None:
+    other = Subject(tiny_model("qwen2_moe", num_hidden_layers=2, vocab_size=99), subject.tokenizer, text)
+    with pytest.raises(CheckpointError) as caught:
+        Fidelity(text).evaluate(replace(subject, original=lambda: other))
+    assert str(caught.value) == (
+        f"{subject.path}: must have the original's vocabulary of 99 tokens. Got {VOCABULARY} instead. "
+        "Compare it with the model that it was made from."
+    )

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 NEEDED = [Requirement(text) for text in PROJECT["dependencies"]]
-ALL = [*NEEDED, *(Requirement(text) for extra in EXTRAS.values() for text in extra)]
+OPTIONAL = [Requirement(text) for extra in EXTRAS.values() for text in extra]
+ALL = [*NEEDED, *(requirement for requirement in OPTIONAL if requirement.name != PROJECT["name"])]
 MODULE_OF = {"pyyaml": "yaml", "lm-eval": "lm_eval", "huggingface-hub": "huggingface_hub"}
 
 
@@ -54,7 +55,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_everything_that_is_imported_is_declared() -> None:
     foreign = imported() - set(sys.stdlib_module_names) - {"dernkit", "__future__"}
-    optional = modules([Requirement(text) for extra in ("eval", "test") for text in EXTRAS[extra]])
+    optional = modules([Requirement(text) for extra in ("eval", "compare", "test") for text in EXTRAS[extra]])
     assert foreign - modules(NEEDED) <= optional
 
 
