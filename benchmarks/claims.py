@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dernkit.compare.analysis import Comparison, Interval, compare_pair
-from dernkit.compare.statistics import holm
-
 from dernkit.compare.rows import ORIGINAL, Row, read_rows
+from dernkit.compare.statistics import holm
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

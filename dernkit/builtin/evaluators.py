@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
 from dernkit.api import CheckpointError, Observations, Subject, hookimpl
-from dernkit.builtin.texts import CONTEXT, Window, batches, read_domains, stacked, windows
+from dernkit.builtin.texts import CONTEXT, Part, Window, batches, read_domains, stacked, windows
 
 ENTRIES = 1 << 22
 """Logits of a model that are in float64 at a time: 27 tokens of a vocabulary of 150,000."""
@@ -42,12 +42,14 @@ class Perplexity:
     """Windows in one forward pass."""
     limit: Annotated[int, Interval(ge=2, le=1_000_000_000)] | None = None
     """Read only so many bytes of each text."""
+    skip: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
+    """Leave out so many bytes at the beginning of each text: what options were chosen on, say."""
 
     def evaluate(self, subject: Subject) -> Mapping[str, float]:
         """Per domain: ``loss`` (nats per scored token), ``perplexity``, ``bits_per_byte``, ``tokens``; and means."""
         results: dict[str, float] = {}
         losses = []
-        for domain in read_domains(subject, self.path, self.limit, self.name):
+        for domain in read_domains(subject, self.path, Part(self.skip, self.limit), self.name):
             found = list(self._scored(subject, windows(domain, self.length, self.stride)))
             tokens = sum(window.scored for window, _ in found)
             loss = sum(nats for _, nats in found) / tokens
@@ -63,7 +65,7 @@ class Perplexity:
 
     def observe(self, subject: Subject) -> Mapping[str, Observations]:
         """For each window: ``bits_per_byte`` (bits, weighed by bytes) and ``loss`` (nats, weighed by tokens)."""
-        domains = read_domains(subject, self.path, self.limit, self.name)
+        domains = read_domains(subject, self.path, Part(self.skip, self.limit), self.name)
         found = [
             pair for domain in domains for pair in self._scored(subject, windows(domain, self.length, self.stride))
         ]
@@ -105,6 +107,8 @@ class Fidelity:
     """Windows in one forward pass."""
     limit: Annotated[int, Interval(ge=2, le=1_000_000_000)] | None = None
     """Read only so many bytes of each text."""
+    skip: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
+    """Leave out so many bytes at the beginning of each text: what options were chosen on, say."""
 
     def evaluate(self, subject: Subject) -> Mapping[str, float]:
         """Per domain and as the mean of the domains: ``kl`` (nats per token), ``top1`` (share of tokens)."""
@@ -117,7 +121,7 @@ class Fidelity:
     def observe(self, subject: Subject) -> Mapping[str, Observations]:
         """For each window, weighed by tokens: ``kl``, the sum of KL(original || compressed) in nats over the tokens,
         and ``top1``, at how many of them both models have the same most likely token."""
-        domains = read_domains(subject, self.path, self.limit, self.name)
+        domains = read_domains(subject, self.path, Part(self.skip, self.limit), self.name)
         seen = [window for domain in domains for window in windows(domain, self.length, self.stride)]
         tokens = np.array([float(window.scored) for window in seen])
         kl, same = np.zeros(len(seen)), tokens

@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from dernkit.api import Observations, RecipeError, Subject, hookimpl
-from dernkit.builtin.texts import Domain, read_domains
+from dernkit.builtin.texts import Domain, Part, read_domains
 
 GRAM = 4
 
@@ -42,6 +42,8 @@ class Generation:
     """Prompts that are continued at a time."""
     limit: Annotated[int, Interval(ge=2, le=1_000_000_000)] | None = None
     """Read only so many bytes of each text."""
+    skip: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 0
+    """Leave out so many bytes at the beginning of each text."""
 
     def evaluate(self, subject: Subject) -> Mapping[str, float]:
         """Per domain and as the mean of the domains: ``agreement``, ``repetition``, ``distinct``, from 0 to 1."""
@@ -55,7 +57,7 @@ class Generation:
         """For each continuation of N tokens: ``agreement``, how many of them come before the first one that differs
         from the original's continuation, of N; ``repetition``, how many of its 4-grams occurred in it before, of
         N − 3; ``distinct``, how many different tokens it has, of N."""
-        domains = list(read_domains(subject, self.path, self.limit, self.name))
+        domains = list(read_domains(subject, self.path, Part(self.skip, self.limit), self.name))
         prompts = torch.stack([prompt for domain in domains for prompt in self._prompts(domain)])
         names = tuple(f"{domain.name}:{number}" for domain in domains for number in range(self.prompts))
         groups = tuple(domain.name for domain in domains for _ in range(self.prompts))

@@ -49,8 +49,22 @@ class Window:
         return int((self.labels[1:] != CONTEXT).sum())
 
 
-def read_domains(subject: Subject, path: Path, limit: int | None, evaluator: str) -> Iterator[Domain]:
-    """The text file at ``path``, or every ``*.txt`` of the folder there; ``limit``: bytes read of each.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which bytes of each text are read."""
+
+    skip: int = 0
+    limit: int | None = None
+    """How many, after those that are skipped; None: all."""
+
+    def of(self, text: str) -> str:
+        """That part of the text, without the characters that it cuts."""
+        stop = None if self.limit is None else self.skip + self.limit
+        return text.encode()[self.skip : stop].decode(errors="ignore")
+
+
+def read_domains(subject: Subject, path: Path, part: Part, evaluator: str) -> Iterator[Domain]:
+    """A part of the text file at ``path``, or of every ``*.txt`` of the folder there.
 
     Raises:
         RecipeError: there is none, or it is no text, or shorter than 2 tokens.
@@ -63,7 +77,7 @@ def read_domains(subject: Subject, path: Path, limit: int | None, evaluator: str
             f"Point it at held-out text with --set evaluate.0.path=FILE."
         )
     for file in files:
-        text = _read(file, limit, evaluator)
+        text = part.of(_read(file, evaluator))
         ids, sizes = _tokens(subject, text)
         if len(ids) < 2 or not text:
             raise RecipeError(
@@ -140,10 +154,9 @@ def _tokens(subject: Subject, text: str) -> tuple[Int64[Tensor, " tokens"], Floa
     return ids, torch.full((len(ids),), len(text.encode()) / max(len(ids), 1), dtype=torch.float64)
 
 
-def _read(file: Path, limit: int | None, evaluator: str) -> str:
+def _read(file: Path, evaluator: str) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
-        return text if limit is None else text.encode()[:limit].decode(errors="ignore")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"{evaluator}.path: must be UTF-8 text that can be read. Got '{file}' ({error}) instead."

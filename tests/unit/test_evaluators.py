@@ -231,3 +231,14 @@ def test_an_original_with_another_vocabulary_is_refused(subject: Subject, text: 
         f"{subject.path}: must have the original's vocabulary of 99 tokens. Got {VOCABULARY} instead. "
         "Compare it with the model that it was made from."
     )
+
+
+def test_a_skipped_beginning_is_not_read(subject: Subject, tmp_path: Path) -> None:
+    """Skipping and limiting is measuring the piece in between, which no character is cut in."""
+    text = "é" + "abcdefghij " * 60
+    (tmp_path / "whole.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "piece").mkdir()
+    (tmp_path / "piece" / "whole.txt").write_text(text.encode()[13:213].decode(), encoding="utf-8")
+    piece = Perplexity(tmp_path / "piece", length=16).evaluate(subject)
+    assert Perplexity(tmp_path / "whole.txt", length=16, skip=13, limit=200).evaluate(subject) == piece
+    assert Perplexity(tmp_path / "whole.txt", length=16, skip=1).evaluate(subject)["whole/tokens"] > 0
