@@ -25,15 +25,15 @@ class Carving:
     """Experts that a token is routed to."""
     active: float = 0.25
     """Part of a token's neurons that counts as active."""
-    spread: float = 0.5
+    spread: float = 0.2
     """Root mean square of a token's router logits about their mean; near 0 all chosen experts count the same."""
-    router_ridge: float = 1e-3
+    router_ridge: float = 0.01
     """Penalty of the router's regression."""
     floor: float = 0.05
     """Part of the calibration tokens that every expert has to get."""
-    down_ridge: float | None = 0.01
+    down_ridge: float | None = 0.1
     """Penalty of the down projections' correction; None leaves them as they were, times `top_k`."""
-    catch_up: float = 1.0
+    catch_up: float = 0.5
     """Part of the difference to the dense model's stream, at this layer's input, that the correction makes up for."""
 
 
@@ -64,18 +64,19 @@ def activations(mlp: Any, inputs: Tensor) -> Tensor:
     return silu(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)
 
 
-def carve_layer(mlp: Any, inputs: Tensor, targets: Tensor, plan: Carving) -> CarvedLayer:
+def carve_layer(down: Tensor, inputs: Tensor, hidden: Tensor, targets: Tensor, plan: Carving) -> CarvedLayer:
     """The mixture for one feed-forward network.
 
     Args:
-        mlp: the dense network.
+        down: the dense network's down projection [H, W].
         inputs: what the carved model feeds it on the calibration tokens [n, H].
+        hidden: its activations on them [n, W].
         targets: what the output should be [n, H]; only the correction looks at it.
         plan: how to carve.
     """
-    hidden = activations(mlp, inputs)
-    down = mlp.down_proj.weight.detach()
-    partition = split_neurons(hidden, plan.shared, plan.experts, round(plan.active * hidden.shape[1]))
+    partition = split_neurons(
+        hidden.abs() * down.norm(dim=0), plan.shared, plan.experts, round(plan.active * hidden.shape[1])
+    )
     wanted = contributions(hidden, partition.experts, down)
     router = fit_router(inputs, wanted, plan.top_k, plan.spread, plan.router_ridge, plan.floor)
     scaled = down.clone()
@@ -100,7 +101,8 @@ class Stream:
     def attend(self, layer: Any, batch: int = 8) -> Tensor:
         """Go through a layer's attention; the input of its feed-forward network [b·t, H]."""
         parts = [
-            part + layer.self_attn(layer.input_layernorm(part), position_embeddings=self.positions, attention_mask=None)[0]
+            part
+            + layer.self_attn(layer.input_layernorm(part), position_embeddings=self.positions, attention_mask=None)[0]
             for part in self.hidden.split(batch)
         ]
         self.hidden = torch.cat(parts)
@@ -122,9 +124,11 @@ def carve(model: Any, ids: Tensor, plan: Carving) -> Iterator[CarvedLayer]:
     for layer in model.model.layers:
         dense_inputs, inputs = dense.attend(layer), carved.attend(layer)
         lost = (dense.hidden - carved.hidden).flatten(0, 1)
-        dense_output, output = layer.mlp(dense_inputs), layer.mlp(inputs)
+        dense_output, hidden = layer.mlp(dense_inputs), activations(layer.mlp, inputs)
+        down = layer.mlp.down_proj.weight
+        output = hidden @ down.T
         targets = output + plan.catch_up * (lost + dense_output - output)
-        mixture = carve_layer(layer.mlp, inputs, targets, plan)
+        mixture = carve_layer(down, inputs, hidden, targets, plan)
         dense.add(dense_output)
-        carved.add(mixture.features(inputs, activations(layer.mlp, inputs)) @ mixture.down.T)
+        carved.add(mixture.features(inputs, hidden) @ mixture.down.T)
         yield mixture

@@ -1,8 +1,10 @@
 """Which neurons of a feed-forward network are always on, and which expert each of the others goes to.
 
-After CMoE (arXiv 2502.04416): a neuron is *active* on a token when its magnitude is among the token's largest; the
-neurons that are active most often make the shared expert, and the others are clustered, in groups of one size, by the
-tokens on which they are active together (after MoEfication, arXiv 2110.01786).
+After CMoE (arXiv 2502.04416): a neuron is *active* on a token when what it adds to the output is among the token's
+largest; some neurons make a shared expert that is always on, and the others are clustered, in groups of one size, by
+the tokens on which they are active together (as in MoEfication, arXiv 2110.01786). CMoE shares the neurons that are
+active most often. Here those with the largest mean square are shared: a few neurons fire on the first token of a
+sequence only, but a hundred times as strongly as any other, and no router may miss them.
 """
 
 from dataclasses import dataclass
@@ -25,29 +27,28 @@ class Partition:
         return torch.cat([self.shared, self.experts.flatten()])
 
 
-def active(hidden: Tensor, count: int) -> Tensor:
-    """Whether a neuron is among the `count` largest magnitudes of its token; bool, like `hidden` [n, W]."""
-    chosen = hidden.abs().topk(count, dim=1).indices
-    return torch.zeros_like(hidden, dtype=torch.bool).scatter_(1, chosen, True)
+def active(sizes: Tensor, count: int) -> Tensor:
+    """Whether a neuron is among the `count` largest of its token; bool, like `sizes` [n, W]."""
+    chosen = sizes.topk(count, dim=1).indices
+    return torch.zeros_like(sizes, dtype=torch.bool).scatter_(1, chosen, True)
 
 
-def split_neurons(hidden: Tensor, shared: int, experts: int, count: int, rounds: int = 20) -> Partition:
-    """Share out the neurons whose activations on n tokens are `hidden` [n, W], `count` of them active a token.
+def split_neurons(sizes: Tensor, shared: int, experts: int, count: int, rounds: int = 20) -> Partition:
+    """Share out the neurons whose contributions on n tokens have the `sizes` [n, W]; `count` are active on a token.
 
-    W - `shared` must be a multiple of `experts`.
+    The `shared` neurons with the largest mean square are always on. W - `shared` must be a multiple of `experts`.
     """
-    marks = active(hidden, count).float()
-    by_rate = marks.sum(dim=0).sort(descending=True, stable=True).indices
-    always, others = by_rate[:shared].sort().values, by_rate[shared:]
-    together = marks[:, others].T @ marks[:, others]
-    groups = balanced_clusters(together, experts, rounds)
+    by_energy = sizes.double().square().mean(dim=0).sort(descending=True, stable=True).indices
+    always, others = by_energy[:shared].sort().values, by_energy[shared:]
+    marks = active(sizes, count)[:, others].float()
+    groups = balanced_clusters(marks.T @ marks, experts, rounds)
     return Partition(always, others[groups].sort(dim=1).values)
 
 
 def balanced_clusters(gram: Tensor, clusters: int, rounds: int) -> Tensor:
     """k-means with groups of one size, on points [J] that are known by their inner products `gram` [J, J] alone.
 
-    The first J / `clusters`-th points of equal steps through the given order are the first centres. A round assigns all
+    The first points are the first centres. A round assigns all
     points at the least sum of squared distances (a linear assignment with as many places as there are points), then
     moves each centre to the mean of its group; it ends early when nothing moves.
 

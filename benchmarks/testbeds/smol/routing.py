@@ -29,18 +29,21 @@ def contributions(hidden: Tensor, experts: Tensor, down: Tensor) -> Tensor:
 def fit_router(inputs: Tensor, wanted: Tensor, top_k: int, spread: float, strength: float, floor: float) -> Tensor:
     """Router rows [E, H] that prefer the experts with the largest `wanted` [n, E] on `inputs` [n, H].
 
-    Each expert's target is standardised, so that no expert is preferred for its size alone; `spread` is the root mean
+    The targets are logarithms, standardised expert by expert so that none is preferred for its size alone; `spread` is the root mean
     square of a token's logits about their mean. Experts that fewer than `floor` of the tokens choose are raised along
     the direction of the input that is closest to a constant, for the model's router has no bias.
     """
-    targets = (wanted - wanted.mean(dim=0)) / wanted.std(dim=0).clamp_min(1e-12)
+    targets = wanted.clamp_min(1e-9).log()
+    targets = (targets - targets.mean(dim=0)) / targets.std(dim=0).clamp_min(1e-9)
     fitted = ridge(inputs, torch.cat([targets, torch.ones(len(inputs), 1)], dim=1), strength)
     rows, constant = fitted[:-1], fitted[-1]
     rows = rows * (spread / centred(inputs.double() @ rows.T).square().mean().sqrt())
     return raise_starved(inputs.double(), rows, constant, top_k, floor).float()
 
 
-def raise_starved(inputs: Tensor, rows: Tensor, constant: Tensor, top_k: int, floor: float, rounds: int = 200) -> Tensor:
+def raise_starved(
+    inputs: Tensor, rows: Tensor, constant: Tensor, top_k: int, floor: float, rounds: int = 200
+) -> Tensor:
     """Add multiples of `constant` [H] to the rows of experts below `floor` until there is none, or `rounds` are over."""
     rows = rows.clone()
     step = 0.05 * centred(inputs @ rows.T).square().mean().sqrt()
