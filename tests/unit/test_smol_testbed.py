@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
 from benchmarks.testbeds.smol.carve import Carving, carve, carve_layer
 from benchmarks.testbeds.smol.checkpoint import assemble, save
 from benchmarks.testbeds.smol.correction import Corrector
 from benchmarks.testbeds.smol.measure import expert_shares, losses
 from benchmarks.testbeds.smol.partition import balanced_clusters, split_neurons
 from benchmarks.testbeds.smol.routing import coefficients, fit_router, raise_starved, ridge, shares
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 
 def random(*shape, seed=0):

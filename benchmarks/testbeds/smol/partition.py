@@ -48,9 +48,9 @@ def split_neurons(sizes: Tensor, shared: int, experts: int, count: int, rounds: 
 def balanced_clusters(gram: Tensor, clusters: int, rounds: int) -> Tensor:
     """k-means with groups of one size, on points [J] that are known by their inner products `gram` [J, J] alone.
 
-    The first points are the first centres. A round assigns all
-    points at the least sum of squared distances (a linear assignment with as many places as there are points), then
-    moves each centre to the mean of its group; it ends early when nothing moves.
+    The first points are the first centres. A round assigns all points at the least sum of squared distances (a linear
+    assignment with as many places as there are points), then moves each centre to the mean of its group; it ends early
+    when nothing moves.
 
     Returns:
         int64 [clusters, J / clusters], the points of each group, ascending.

@@ -29,9 +29,9 @@ def contributions(hidden: Tensor, experts: Tensor, down: Tensor) -> Tensor:
 def fit_router(inputs: Tensor, wanted: Tensor, top_k: int, spread: float, strength: float, floor: float) -> Tensor:
     """Router rows [E, H] that prefer the experts with the largest `wanted` [n, E] on `inputs` [n, H].
 
-    The targets are logarithms, standardised expert by expert so that none is preferred for its size alone; `spread` is the root mean
-    square of a token's logits about their mean. Experts that fewer than `floor` of the tokens choose are raised along
-    the direction of the input that is closest to a constant, for the model's router has no bias.
+    The targets are logarithms, standardised expert by expert so that none is preferred for its size alone; `spread` is the
+    root mean square of a token's logits about their mean. Experts that fewer than `floor` of the tokens choose are
+    raised along the direction of the input that is closest to a constant, for the model's router has no bias.
     """
     targets = wanted.clamp_min(1e-9).log()
     targets = (targets - targets.mean(dim=0)) / targets.std(dim=0).clamp_min(1e-9)
@@ -44,7 +44,7 @@ def fit_router(inputs: Tensor, wanted: Tensor, top_k: int, spread: float, streng
 def raise_starved(
     inputs: Tensor, rows: Tensor, constant: Tensor, top_k: int, floor: float, rounds: int = 200
 ) -> Tensor:
-    """Add multiples of `constant` [H] to the rows of experts below `floor` until there is none, or `rounds` are over."""
+    """Add multiples of `constant` [H] to the rows of experts below `floor`, at most `rounds` times."""
     rows = rows.clone()
     step = 0.05 * centred(inputs @ rows.T).square().mean().sqrt()
     for _ in range(rounds):
