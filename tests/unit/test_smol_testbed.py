@@ -189,7 +189,7 @@ def test_correction_minimises_error_plus_penalty():
 
 def test_uncorrected_down_projections_are_those_of_the_dense_network_times_top_k():
     hidden, down, inputs = random(80, 20), random(4, 20, seed=1), random(80, 4, seed=2)
-    layer = carve_layer(down, inputs, hidden, hidden @ down.T, Carving(8, 4, 2, down_ridge=None))
+    layer = carve_layer(down, inputs, hidden, hidden @ down.T, torch.ones(80), Carving(8, 4, 2, down_ridge=None))
     routed = layer.partition.experts.flatten()
     assert torch.equal(layer.down[:, routed], 2 * down[:, routed])
     assert torch.equal(layer.down[:, layer.partition.shared], down[:, layer.partition.shared])

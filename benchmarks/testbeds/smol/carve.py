@@ -64,7 +64,9 @@ def activations(mlp: Any, inputs: Tensor) -> Tensor:
     return silu(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)
 
 
-def carve_layer(down: Tensor, inputs: Tensor, hidden: Tensor, targets: Tensor, plan: Carving) -> CarvedLayer:
+def carve_layer(
+    down: Tensor, inputs: Tensor, hidden: Tensor, targets: Tensor, weights: Tensor, plan: Carving
+) -> CarvedLayer:
     """The mixture for one feed-forward network.
 
     Args:
@@ -72,6 +74,7 @@ def carve_layer(down: Tensor, inputs: Tensor, hidden: Tensor, targets: Tensor, p
         inputs: what the carved model feeds it on the calibration tokens [n, H].
         hidden: its activations on them [n, W].
         targets: what the output should be [n, H]; only the correction looks at it.
+        weights: what the correction multiplies a token's error with [n].
         plan: how to carve.
     """
     partition = split_neurons(
@@ -86,7 +89,8 @@ def carve_layer(down: Tensor, inputs: Tensor, hidden: Tensor, targets: Tensor, p
         return layer
     sums = Corrector(*reversed(down.shape))
     for part in torch.arange(len(inputs)).split(4096):
-        sums.add(layer.features(inputs[part], hidden[part]), targets[part])
+        scale = weights[part, None]
+        sums.add(layer.features(inputs[part], hidden[part]) * scale, targets[part] * scale)
     return CarvedLayer(partition, router, sums.solve(scaled, plan.down_ridge), plan.top_k)
 
 
@@ -118,7 +122,8 @@ def carve(model: Any, ids: Tensor, plan: Carving) -> Iterator[CarvedLayer]:
     """Carve a Llama, layer after layer, on the calibration tokens `ids` [b, t].
 
     A layer is fitted on what the layers carved before it feed it, and is asked for what the dense model's layer
-    gives, plus `plan.catch_up` times what the stream has lost so far.
+    gives, plus `plan.catch_up` times what the stream has lost so far. A token's error counts relative to its stream,
+    which the next norm divides by: the first token's is hundreds of times larger than the others'.
     """
     dense, carved = Stream(model, ids), Stream(model, ids)
     for layer in model.model.layers:
@@ -128,7 +133,7 @@ def carve(model: Any, ids: Tensor, plan: Carving) -> Iterator[CarvedLayer]:
         down = layer.mlp.down_proj.weight
         output = hidden @ down.T
         targets = output + plan.catch_up * (lost + dense_output - output)
-        mixture = carve_layer(down, inputs, hidden, targets, plan)
         dense.add(dense_output)
+        mixture = carve_layer(down, inputs, hidden, targets, 1 / dense.hidden.flatten(0, 1).norm(dim=1), plan)
         carved.add(mixture.features(inputs, hidden) @ mixture.down.T)
         yield mixture

@@ -4,7 +4,7 @@ After CMoE (arXiv 2502.04416): a neuron is *active* on a token when what it adds
 largest; some neurons make a shared expert that is always on, and the others are clustered, in groups of one size, by
 the tokens on which they are active together (as in MoEfication, arXiv 2110.01786). CMoE shares the neurons that are
 active most often. Here those with the largest mean square are shared: a few neurons fire on the first token of a
-sequence only, but a hundred times as strongly as any other, and no router may miss them.
+sequence only, but many times as strongly as any other, and no router may miss them.
 """
 
 from dataclasses import dataclass

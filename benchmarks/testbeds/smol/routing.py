@@ -29,8 +29,8 @@ def contributions(hidden: Tensor, experts: Tensor, down: Tensor) -> Tensor:
 def fit_router(inputs: Tensor, wanted: Tensor, top_k: int, spread: float, strength: float, floor: float) -> Tensor:
     """Router rows [E, H] that prefer the experts with the largest `wanted` [n, E] on `inputs` [n, H].
 
-    The targets are logarithms, standardised expert by expert so that none is preferred for its size alone; `spread` is the
-    root mean square of a token's logits about their mean. Experts that fewer than `floor` of the tokens choose are
+    The targets are logarithms, standardised expert by expert so that none is preferred for its size alone; `spread` is
+    the root mean square of a token's logits about their mean. Experts that fewer than `floor` of the tokens choose are
     raised along the direction of the input that is closest to a constant, for the model's router has no bias.
     """
     targets = wanted.clamp_min(1e-9).log()
