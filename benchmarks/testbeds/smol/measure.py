@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.testbeds.fine_grained import router_logits
+from benchmarks.testbeds.routing import router_logits
 from benchmarks.testbeds.smol.routing import shares
 
 
