@@ -64,7 +64,7 @@ class SwappedBlock:
 def test_a_contradiction_is_an_error(tmp_path: Path):
     save_tiny(tmp_path, "mixtral")
     registry = SimpleNamespace(components=lambda kind: [SimpleNamespace(cls=Swapped)] if kind == "adapter" else [])
-    with patch("dernkit.cli._registry", lambda: registry):
+    with patch("dernkit.commands.options.registry", lambda: registry):
         result = CliRunner().invoke(main, ["inspect", str(tmp_path), "--explain"])
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [

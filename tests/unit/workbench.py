@@ -172,5 +172,5 @@ def _builtins() -> Registry:
 
 def dernkit(*arguments: str) -> Result:
     """The console entry, without the plugins that happen to be installed."""
-    with patch("dernkit.cli._registry", _builtins):
+    with patch("dernkit.commands.options.registry", _builtins):
         return CliRunner().invoke(main, list(arguments))
