@@ -72,8 +72,8 @@ def test_totals_are_exact_and_never_above_what_was_asked_for(budget: Budget, dat
     values = st.lists(st.floats(0, 1e6), min_size=per_group, max_size=per_group)
     measures = [torch.tensor(sorted(data.draw(values), reverse=True), dtype=torch.float64) for _ in limits]
     counts = budget.allocate(measures, keep, limits)
-    asked = keep * layers * (experts if isinstance(keep, float) else 1)
-    assert asked - groups < sum(counts) <= asked + 1e-6
+    asked = Fraction(str(keep)) * layers * (experts if isinstance(keep, float) else 1)
+    assert asked - groups < sum(counts) <= asked
     assert all(groups <= count <= experts and count % groups == 0 for count in counts)
 
 
