@@ -46,8 +46,10 @@ bench-quick: $(VENV)/.bench
 	$(COMPARE) benchmarks/comparisons/quick.yaml --out runs/bench-quick
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.testbeds.smol --out runs/testbeds/smol
+	$(BIN)/python -m benchmarks.testbeds.smol.dense --out runs/testbeds/smol/dense
+	$(BIN)/python -m benchmarks.testbeds.smol --dense runs/testbeds/smol/dense --out runs/testbeds/smol/model
 	$(BIN)/dernkit tasks prepare --out runs/tasks
+	$(BIN)/python benchmarks/smol_tasks.py --dense runs/testbeds/smol/dense --smol runs/testbeds/smol/model --tasks runs/tasks
 	$(COMPARE) benchmarks/comparisons/methods.yaml --out benchmarks/results/methods
 	$(COMPARE) benchmarks/comparisons/claims.yaml --out benchmarks/results/claims
 	$(COMPARE) benchmarks/comparisons/smol.yaml --out benchmarks/results/smol
@@ -104,7 +106,7 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml $(wildcard plugins/*/pyproject.toml)
 	@echo "Installing dernkit with its extra compare into $(VENV), and plugins into runs/plugins"
-	@$(INSTALL) --quiet -e '.[compare]'
+	@$(INSTALL) --quiet -e '.[compare]' -r benchmarks/testbeds/smol/requirements.txt
 	@rm -rf runs/plugins
 	@$(INSTALL) --quiet --no-deps --target runs/plugins plugins/dernkit-hc-smoe
 	@touch $@

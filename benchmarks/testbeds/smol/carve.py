@@ -17,11 +17,11 @@ from benchmarks.testbeds.smol.routing import coefficients, contributions, fit_ro
 class Carving:
     """How to carve: sizes, and the constants of the closed forms."""
 
-    shared: int = 1024
+    shared: int = 768
     """Neurons of the shared expert."""
-    experts: int = 16
+    experts: int = 24
     """Routed experts; they share the other neurons evenly."""
-    top_k: int = 5
+    top_k: int = 8
     """Experts that a token is routed to."""
     active: float = 0.25
     """Part of a token's neurons that counts as active."""

