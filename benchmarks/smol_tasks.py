@@ -128,9 +128,7 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     write_rows([rows[ORIGINAL], rows["dense"], rows["random"]], OUT / "results.parquet")
     text = table(rows)
-    intro = (
-        "`python benchmarks/smol_tasks.py`: accuracy on the first documents of each task, no examples in the prompt."
-    )
+    intro = "`python benchmarks/smol_tasks.py`: accuracy on the first documents of each task, zero-shot."
     (OUT / "README.md").write_text(f"# SmolLM2 before and after carving\n\n{intro}\n\n{text}\n", encoding="utf-8")
     print(text)
 
