@@ -27,7 +27,10 @@ from tests.laws.pipeline import DERN, carry_out, recipe, run, source, tensors
 from tests.unit.workbench import edit_config
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_layout = pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.families if name in ("shards", "fused") else ()) for name in LAYOUTS],
+)
 HALF = {**DERN, "quantile": 0.5}
 
 

@@ -30,7 +30,9 @@ SOURCES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "gpt_oss mxfp4": ("gpt_oss", quantise_mxfp4),
 }
 every_source = pytest.mark.parametrize("name", SOURCES)
-every_layout = pytest.mark.parametrize("shard", ["5GB", "60KB"], ids=["one-file", "shards"])
+every_layout = pytest.mark.parametrize(
+    "shard", [pytest.param("5GB", id="one-file", marks=pytest.mark.families), pytest.param("60KB", id="shards")]
+)
 
 
 def make(folder: Path, name: str, shard: str = "5GB") -> Path:
