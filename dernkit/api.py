@@ -61,6 +61,7 @@ __all__ = [
     "PluginError",
     "Pool",
     "RecipeError",
+    "Refit",
     "Report",
     "Rescaling",
     "Retention",
@@ -250,6 +251,24 @@ class Router(Protocol):
         Where the family adds a bias to the logits, it is the last feature of each row, and `LayerPlan.biased_rows` is
         true. Correction biases, which take part in the choice alone, are not in the rows: they are sliced.
         ``stats.router_inputs`` are what the rows are multiplied with, after any norm or projection of the router's own.
+        """
+        ...
+
+
+@runtime_checkable
+class Refit(Protocol):
+    """How the down projections follow once it is settled which neurons the kept experts have."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]]
+
+    def refit(
+        self, bank: ExpertBank, after: ExpertBank, plan: LayerPlan, stats: LayerStats
+    ) -> Float[Tensor, "kept hidden width"]:
+        """New down projections of all kept experts, float32.
+
+        ``after`` is the layer as surgery leaves it: experts are numbered by their position among the kept, and
+        ``after.route`` is the model's router with its new rows. Never called where nothing has changed.
         """
         ...
 

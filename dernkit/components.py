@@ -61,6 +61,7 @@ KINDS = {
         Kind("similarity", "dernkit_similarities", api.Similarity),
         Kind("merge", "dernkit_merges", api.Merge),
         Kind("router", "dernkit_routers", api.Router),
+        Kind("refit", "dernkit_refits", api.Refit),
         Kind("source", "dernkit_sources", api.Source),
         Kind("evaluator", "dernkit_evaluators", api.Evaluator),
         Kind("report", "dernkit_reports", api.Report),

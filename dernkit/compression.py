@@ -105,6 +105,7 @@ def compress_bound(
         width=how.width,
         export=how.export,
         stats=stats,
+        refit=how.refit,
         seen=seen,
     )
     return plans

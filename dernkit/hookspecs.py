@@ -89,6 +89,11 @@ def dernkit_routers() -> list[type]:  # type: ignore[empty-body]
 
 
 @hook(since=1)
+def dernkit_refits() -> list[type]:  # type: ignore[empty-body]
+    """Refits: classes with ``name``, ``requires`` and ``refit(bank, after, plan, stats)``: new down projections."""
+
+
+@hook(since=1)
 def dernkit_sources() -> list[type]:  # type: ignore[empty-body]
     """Sources: classes with ``name`` and ``tokens(tokenizer, sequences, length, rng)``: calibration tokens."""
 

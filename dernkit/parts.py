@@ -14,7 +14,7 @@ from dernkit.registry import Registry
 
 DECIDING = ("scorer", "budget", "selector", "assigner", "similarity")
 """Kinds that make plans."""
-ACTING = ("merge", "router")
+ACTING = ("merge", "router", "refit")
 """Kinds that carry them out."""
 
 
@@ -62,7 +62,7 @@ def named(recipe: Recipe) -> list[tuple[str, Any]]:
     """Kind and instance of all that decides and acts in a recipe, nested ones left out."""
     plan, apply = recipe.plan, recipe.apply
     parts: list[tuple[str, Any]] = [("scorer", plan.scorer), ("budget", plan.budget), ("selector", plan.selector)]
-    parts += [("assigner", plan.assigner), ("merge", apply.merge), ("router", apply.router)]
+    parts += [("assigner", plan.assigner), ("merge", apply.merge), ("router", apply.router), ("refit", apply.refit)]
     return [(kind, part) for kind, part in parts if part is not None]
 
 

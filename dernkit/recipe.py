@@ -20,7 +20,7 @@ from dernkit.sentences import expected
 from dernkit.shapes import Choice, Flag, Number
 
 if TYPE_CHECKING:
-    from dernkit.api import Assigner, Budget, Evaluator, Merge, Report, Router, Scorer, Selector, Source
+    from dernkit.api import Assigner, Budget, Evaluator, Merge, Refit, Report, Router, Scorer, Selector, Source
     from dernkit.registry import Registry
 
 VERSION = 1
@@ -41,7 +41,7 @@ EXPORT, DEFAULT_EXPORT = Choice(("auto", "padded", "dernkit")), "auto"
 TOP = ("dernkit", "seed", "calibrate", "plan", "apply", "evaluate", "report")
 CALIBRATE = ("source", "sequences", "length", "batch_size", "sample", "sequential")
 PLAN = ("keep", "score", "budget", "select", "assign", "groups")
-APPLY = ("merge", "router", "width", "mtp", "export")
+APPLY = ("merge", "router", "refit", "width", "mtp", "export")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,7 @@ class ApplySpec:
 
     merge: Merge | None
     router: Router
+    refit: Refit | None = None
     width: int | None = None
     """Neurons of every expert after surgery; None: what the merge needs."""
     mtp: str = DEFAULT_MTP
@@ -135,6 +136,7 @@ class Recipe:
             plan["assign"] = plain(self.plan.assigner)
         plan["groups"] = self.plan.groups
         apply = {} if self.apply.merge is None else {"merge": plain(self.apply.merge)}
+        refit = {} if self.apply.refit is None else {"refit": plain(self.apply.refit)}
         width = {} if self.apply.width is None else {"width": self.apply.width}
         data: dict[str, Any] = {"dernkit": self.version, "seed": self.seed}
         if self.calibrate is not None:
@@ -144,6 +146,7 @@ class Recipe:
             "apply": {
                 **apply,
                 "router": plain(self.apply.router),
+                **refit,
                 **width,
                 "mtp": self.apply.mtp,
                 "export": self.apply.export,
@@ -262,6 +265,7 @@ def _apply(binder: Binder) -> ApplySpec:
     return ApplySpec(
         merge=binder.component((*here, "merge"), "merge") if merged else None,
         router=binder.component((*here, "router"), "router", DEFAULT_ROUTER),
+        refit=binder.component((*here, "refit"), "refit") if binder.value((*here, "refit")) is not None else None,
         width=binder.entry((*here, "width"), WIDTH) if binder.value((*here, "width")) is not None else None,
         mtp=binder.entry((*here, "mtp"), MTP, DEFAULT_MTP),
         export=binder.entry((*here, "export"), EXPORT, DEFAULT_EXPORT),

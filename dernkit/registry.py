@@ -45,6 +45,8 @@ BUILTINS = (
     "dernkit.builtin.expert_similarities",
     "dernkit.builtin.merges",
     "dernkit.builtin.routers",
+    "dernkit.builtin.refits",
+    "dernkit.builtin.function_space",
     "dernkit.builtin.sources",
     "dernkit.builtin.evaluators",
     "dernkit.builtin.generation",

@@ -169,7 +169,7 @@ class Run:
         # `routed` is always counted: the report names experts that saw no token.
         requires = requires | {"routed"}
         resolved = self.recipe.resolved()
-        surgery = {name: resolved["apply"].get(name) for name in ("merge", "router", "width")}
+        surgery = {name: resolved["apply"].get(name) for name in ("merge", "router", "refit", "width")}
         made_from = digest(
             resolved["calibrate"],
             content_digests(spec.source),
@@ -242,7 +242,8 @@ class Run:
     @property
     def _applies_statistics(self) -> bool:
         how = self.recipe.apply
-        return bool(how.router.requires or (how.merge is not None and how.merge.requires))
+        acting = (how.merge, how.router, how.refit)
+        return any(part.requires for part in acting if part is not None)
 
     def _apply_key(self, fingerprint: str) -> str:
         return digest(
@@ -277,6 +278,7 @@ class Run:
                 mtp=self.recipe.apply.mtp,
                 export=self.recipe.apply.export,
                 stats=stats,
+                refit=self.recipe.apply.refit,
             )
             quantisation = str(source.scheme) if source.scheme else None
             mtp = bool(source.mtp.tensors)

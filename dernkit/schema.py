@@ -10,7 +10,10 @@ from dernkit.options import Option
 from dernkit.registry import Registry
 from dernkit.shapes import Shape, plain
 
-USED = ("scorer", "budget", "selector", "assigner", "similarity", "merge", "router", "source", "evaluator", "report")
+USED = (
+    *("scorer", "budget", "selector", "assigner", "similarity", "merge", "router", "refit"),
+    *("source", "evaluator", "report"),
+)
 """Kinds that a recipe can name."""
 
 
@@ -42,6 +45,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
         {
             "merge": _optional(_component("merge")),
             "router": _optional(_component("router"), {"use": recipe.DEFAULT_ROUTER}),
+            "refit": _optional(_component("refit")),
             "width": _optional(recipe.WIDTH.schema()),
             "mtp": _default(recipe.MTP, recipe.DEFAULT_MTP),
             "export": _default(recipe.EXPORT, recipe.DEFAULT_EXPORT),

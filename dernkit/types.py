@@ -244,7 +244,10 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Which dropped segments go where. A segment that is not listed is discarded."""
+    """Which dropped segments go where, and which own ones kept experts give up.
+
+    A dropped segment that is not listed is discarded, an own one that is not listed stays.
+    """
 
     source: Int64[Tensor, " moves"]
     """expert * W + neuron, in the source layer."""
@@ -256,6 +259,8 @@ class Assignment:
     scale: Float[Tensor, " moves"] | None = None
     """The c by which each segment's up part is multiplied and its down part divided before it is merged, which leaves
     its own output as it is but makes it more like its partner; None: 1 for all."""
+    left: Int64[Tensor, " left"] | None = None
+    """expert * W + neuron of the segments that kept experts leave behind, different and ascending; None: none."""
 
     @staticmethod
     def empty() -> Assignment:
@@ -290,23 +295,37 @@ class LayerPlan:
         kept = set(self.kept.tolist())
         return [expert for expert in range(self.experts) if expert not in kept]
 
+    def stays(self, expert: int) -> Int64[Tensor, " own"]:
+        """Neurons of a kept expert that it does not leave behind, ascending."""
+        neurons = torch.arange(self.width)
+        if self.assignment.left is None:
+            return neurons
+        return neurons[~torch.isin(expert * self.width + neurons, self.assignment.left)]
+
     def pool_sizes(self) -> list[int]:
-        """Own plus received segments of every kept expert."""
-        received = torch.bincount(self.assignment.target, minlength=len(self.kept))
-        return [self.width + int(count) for count in received]
+        """Own segments that stay plus received ones of every kept expert."""
+        received = torch.bincount(self.assignment.target, minlength=len(self.kept)).tolist()
+        return [len(self.stays(expert)) + count for expert, count in zip(self.kept.tolist(), received, strict=True)]
+
+    @property
+    def changes_experts(self) -> bool:
+        """Whether an expert goes, or another one gets or loses segments."""
+        moves = self.assignment
+        return len(self.kept) < self.experts or len(moves) > 0 or (moves.left is not None and len(moves.left) > 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """What a merge sees for one kept expert: its own segments and those that arrive, in float32."""
+    """What a merge sees for one kept expert: its own segments that stay and those that arrive, in float32."""
 
-    own: Float[Tensor, "width parts features"]
+    own: Float[Tensor, "own parts features"]
     own_weight: float
     """Score of the kept expert, at least 0."""
     incoming: Float[Tensor, "moves parts features"]
     incoming_weight: Float[Tensor, " moves"]
     """Score of the expert that each segment comes from, at least 0."""
     partner: Int64[Tensor, " moves"]
+    """Places in ``own``."""
     affinity: Float[Tensor, " moves"]
     expert: int
     """Source index of the kept expert."""

@@ -33,6 +33,24 @@ class Keep:
 
 @final
 @dataclass(frozen=True)
+class Adopt:
+    """Own neurons that stay and arrivals, all as they are; where they are too many, those of least affinity go.
+
+    For assigners that choose whole sets of neurons. Where nothing is left behind there is no room, and arrivals go.
+    """
+
+    name: ClassVar[str] = "adopt"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    widens: ClassVar[bool] = False
+
+    def merge(self, pool: Pool, width: int, rng: torch.Generator) -> Float32[Tensor, "merged parts features"]:
+        room = max(width - len(pool.own), 0)
+        best = pool.affinity.argsort(descending=True, stable=True)[:room].sort().values
+        return torch.cat([pool.own, pool.incoming[best]])
+
+
+@final
+@dataclass(frozen=True)
 class SphericalKMeans:
     """Cluster the pool down to the width by cosine; the centroids are the neurons. DERN (arXiv 2509.10377) step 3."""
 
@@ -176,4 +194,4 @@ class Concatenate:
 
 @hookimpl
 def dernkit_merges() -> list[type]:
-    return [Keep, WeightedAverage, SphericalKMeans, KMeansActivation, Slerp, Concatenate]
+    return [Keep, Adopt, WeightedAverage, SphericalKMeans, KMeansActivation, Slerp, Concatenate]

@@ -23,6 +23,7 @@ from dernkit.api import (
     Merge,
     Observations,
     Observing,
+    Refit,
     Report,
     Router,
     Scorer,
@@ -115,7 +116,19 @@ def assign(assigner: Assigner, bank: ExpertBank, retention: Retention, stats: La
     call.finite(moves.affinity, "affinity")
     if moves.scale is not None:
         _on_cpu(call, _check_scale(call, moves.scale, (count,)), "scale")
+    if moves.left is not None:
+        _check_left(call, moves, retention, width)
     return moves
+
+
+def _check_left(call: Call, moves: Assignment, retention: Retention, width: int) -> None:
+    """Own segments of kept experts, each once; a partner is one that stays."""
+    left = _on_cpu(call, call.tensor(moves.left, "left", None, torch.int64), "left")
+    ascending = torch.cat([torch.ones(1, dtype=torch.bool), left[1:] > left[:-1]])[: len(left)]
+    legal = torch.isin(left // width, retention.kept) & (left >= 0) & ascending
+    call.each(left, legal, "left", "segments of kept experts, different and ascending")
+    stays = ~torch.isin(retention.kept[moves.target] * width + moves.partner, left)
+    call.each(moves.partner, stays, "partner", "a neuron that its expert does not leave behind")
 
 
 def _check_scale(call: Call, scale: Any, shape: tuple[int, ...]) -> Tensor:
@@ -185,6 +198,16 @@ def update(
     found = call("update", rows=rows, plan=plan, stats=call.seen(stats))
     call.tensor(found, "rows", (len(plan.kept), rows.shape[1]), torch.float32)
     return call.finite(found, "rows")
+
+
+def refit(
+    refit: Refit, bank: ExpertBank, after: ExpertBank, plan: LayerPlan, stats: LayerStats
+) -> Float32[Tensor, "kept hidden width"]:
+    """Finite down projections of the experts after surgery."""
+    call = Call("refit", refit, plan.layer)
+    found = call("refit", bank=bank, after=after, plan=plan, stats=call.seen(stats))
+    call.tensor(found, "down projections", tuple(after.down.shape), torch.float32)
+    return call.finite(found, "down projections", "Penalise what the tokens do not determine.")
 
 
 def tokens(

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dernkit.api import BiasMerge, Merge, Router
+from dernkit.api import BiasMerge, Merge, Refit, Router
 from dernkit.errors import CheckpointError, RecipeError
 from dernkit.kernel import calls
+from dernkit.kernel.after import after_surgery
 from dernkit.kernel.contracts import Call
 from dernkit.kernel.seeding import generator
 from dernkit.kernel.segments import ExpertTensors, finite_segments, split
@@ -65,11 +66,13 @@ def compress_layer(
     width: int,
     rng_seed: int,
     stats: LayerStats = NO_STATISTICS,
+    refit: Refit | None = None,
 ) -> CompressedLayer:
     """Carry out ``plan`` on ``bank``: K experts of ``width`` neurons, in the checkpoint's dtype.
 
-    An expert that receives nothing keeps its bits (padded with zero neurons if it is to be wider). One expert's
-    pool at a time is in float32; the random numbers of an expert depend on seed, layer and source index only.
+    An expert that receives nothing keeps its bits (padded with zero neurons if it is to be wider), unless down
+    projections are refitted. One expert's pool at a time is in float32; the random numbers of an expert depend on seed,
+    layer and source index only.
     """
     _check_plan(bank, plan)
     kept = plan.kept.to(bank.up.device)
@@ -89,7 +92,8 @@ def compress_layer(
     )
     for position, expert in enumerate(plan.kept.tolist()):
         arrivals = (plan.assignment.target == position).nonzero().flatten()
-        if len(arrivals) == 0 and width >= plan.width:
+        whole = len(plan.stays(expert)) == plan.width
+        if len(arrivals) == 0 and whole and width >= plan.width:
             tensors = _untouched(bank, expert)
         else:
             merge = _needed(merge, f"layer {plan.layer}, expert {expert}")
@@ -99,6 +103,9 @@ def compress_layer(
             if out.down_bias is not None and len(arrivals) and isinstance(merge, BiasMerge):
                 out.down_bias[position] = calls.merge_bias(merge, pool, plan.layer)
         _put(tensors, out, position)
+    if refit is not None and (plan.changes_experts or width < plan.width):
+        after = after_surgery(out, bank, kept)
+        out.down.copy_(calls.refit(refit, bank, after, plan, Call("refit", refit, plan.layer).seen(stats)))
     return out
 
 
@@ -142,7 +149,7 @@ def _put(expert: ExpertTensors, out: CompressedLayer, position: int) -> None:
 
 def _pool(bank: ExpertBank, plan: LayerPlan, expert: int, arrivals: Int64[Tensor, " moves"], stats: LayerStats) -> Pool:
     """Segments weigh the score of the expert they come from; all the same if all those scores are 0 or less."""
-    own = finite_segments(bank, expert)
+    own, stays = finite_segments(bank, expert), plan.stays(expert)
     source = plan.assignment.source[arrivals]
     owner, neuron = (source // plan.width).to(own.device), (source % plan.width).to(own.device)
     incoming = own.new_empty(len(arrivals), *own.shape[1:])
@@ -153,12 +160,14 @@ def _pool(bank: ExpertBank, plan: LayerPlan, expert: int, arrivals: Int64[Tensor
     weights = plan.scores.clamp(min=0).to(own.device, torch.float32)
     if not bool(weights[expert] + weights[owner].sum()):
         weights = torch.ones_like(weights)
+    place = torch.zeros(plan.width, dtype=torch.int64)
+    place[stays] = torch.arange(len(stays))
     return Pool(
-        own=own,
+        own=own if len(stays) == plan.width else own[stays.to(own.device)],
         own_weight=float(weights[expert]),
         incoming=incoming,
         incoming_weight=weights[owner],
-        partner=plan.assignment.partner[arrivals].to(own.device),
+        partner=place[plan.assignment.partner[arrivals]].to(own.device),
         affinity=plan.assignment.affinity[arrivals].to(own.device),
         expert=expert,
         incoming_expert=owner,

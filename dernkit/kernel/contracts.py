@@ -47,6 +47,7 @@ LAWS_OF: Mapping[str, tuple[str, ...]] = {
     "similarity": (*_TENSORS, "in_range"),
     "merge": _TENSORS,
     "router": _TENSORS,
+    "refit": _TENSORS,
     "source": (*_ALWAYS, "shape", "dtype"),
     "evaluator": _ALWAYS,
     "report": _ALWAYS,

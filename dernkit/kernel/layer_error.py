@@ -6,10 +6,11 @@ import math
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from dernkit.errors import CheckpointError
+from dernkit.kernel.after import after_surgery, new_rows
 from dernkit.kernel.outputs import layer_output
 from dernkit.types import CompressedLayer, ExpertBank, LayerStats, Route, Routing
 
@@ -47,7 +48,8 @@ def layer_error(
     """
     if bank.route is None or bank.tables or "sample" not in stats.values or not stats.router_inputs.numel():
         return None
-    after, rows, changed = _as_bank(compressed, bank), _rows(compressed, bank), _changed(compressed, bank, kept)
+    after, rows = after_surgery(compressed, bank, kept), new_rows(compressed, bank)
+    changed = _changed(compressed, bank, kept)
     step = max(1, _CHUNK // bank.down.shape[1])
     error = energy = 0.0
     for inputs, seen in zip(stats["sample"].split(step), stats.router_inputs.split(step), strict=True):
@@ -63,32 +65,6 @@ def layer_error(
             "surgery. Got NaN or infinity instead. Check the download of the checkpoint, or repair it."
         )
     return error / energy if energy > 0 else None
-
-
-def _as_bank(compressed: CompressedLayer, bank: ExpertBank) -> ExpertBank:
-    """The experts after surgery; their router is not among what is asked of it."""
-    count, width = compressed.up.shape[:2]
-    return replace(
-        bank,
-        dims=replace(bank.dims, experts=count, width=width),
-        gate=compressed.gate,
-        up=compressed.up,
-        down=compressed.down,
-        gate_bias=compressed.gate_bias,
-        up_bias=compressed.up_bias,
-        down_bias=compressed.down_bias,
-        router=compressed.router,
-        per_expert=compressed.per_expert,
-        route=None,
-    )
-
-
-def _rows(compressed: CompressedLayer, bank: ExpertBank) -> Float[Tensor, "kept row"]:
-    """New rows as a `Route` takes them."""
-    if bank.router_bias is None:
-        return compressed.router
-    parts = (compressed.router, compressed.per_expert[bank.router_bias][:, None])
-    return torch.cat([part.to(torch.float32) for part in parts], dim=1)
 
 
 def _changed(compressed: CompressedLayer, bank: ExpertBank, kept: Int64[Tensor, " kept"]) -> Bool[Tensor, " kept"]:

@@ -169,7 +169,7 @@ class _Layer:
 def _measured(block: Block, plan: LayerPlan, recipe: Recipe, stats: LayerStats) -> _Layer:
     how, bank = recipe.apply, block.bank()
     width = target_width([plan], how.merge, how.width)
-    compressed = compress_layer(bank, plan, how.merge, how.router, width, recipe.seed, stats)
+    compressed = compress_layer(bank, plan, how.merge, how.router, width, recipe.seed, stats, how.refit)
     error = layer_error(bank, compressed, plan.kept, _first(stats), block.route())
     return _Layer(replace(plan, assignment=Assignment.empty()), width, error)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dernkit.api import Block, Merge, Router
+from dernkit.api import Block, Merge, Refit, Router
 from dernkit.errors import CheckpointError
 from dernkit.kernel.compress import NO_STATISTICS, check_width, compress_layer, target_width
 from dernkit.kernel.selection import kept_count, limits
@@ -44,6 +44,7 @@ def apply_live(
     width: int | None = None,
     export: str = "auto",
     stats: Mapping[int, LayerStats] = MappingProxyType({}),
+    refit: Refit | None = None,
     seen: Seen | None = None,
 ) -> Export:
     """Surgery on every block of a model in memory, and on its config.
@@ -61,7 +62,7 @@ def apply_live(
     with torch.no_grad():
         # All before the first is put in its place: an error must leave the model as it is.
         layers = [
-            compress_layer(block.bank(), plan, merge, router, width, seed, stats.get(block.layer, NO_STATISTICS))
+            compress_layer(block.bank(), plan, merge, router, width, seed, stats.get(block.layer, NO_STATISTICS), refit)
             for block, plan in zip(blocks, plans, strict=True)
         ]
         for each in zip(blocks, plans, layers, strict=True):
@@ -102,6 +103,7 @@ def apply_checkpoint(
     mtp: str = "compress",
     export: str = "auto",
     stats: Mapping[int, LayerStats] = MappingProxyType({}),
+    refit: Refit | None = None,
 ) -> Export:
     """Stream the compressed checkpoint into ``folder``, one block's weights in memory at a time.
 
@@ -118,7 +120,8 @@ def apply_checkpoint(
         mtp: whether multi-token-prediction layers are compressed by the last layer's plan ("compress") or left out
             ("drop").
         export: how layers that keep different numbers of experts are written; see `dernkit.models.export`.
-        stats: of every layer, for a merge or router that reads some.
+        stats: of every layer, for what reads some.
+        refit: how down projections follow, if they do.
     """
     works, result = _works(_open(source, mtp), plans, export)
     store, blocks = works[0].store, [work.block for work in works[: len(plans)]]
@@ -135,7 +138,7 @@ def apply_checkpoint(
         for work in works:
             if work.layer not in journal.done:
                 seen = stats.get(work.plan.layer, NO_STATISTICS)
-                writer.put(_compressed(work, merge, router, width, seed, seen))
+                writer.put(_compressed(work, merge, router, width, seed, seen, refit))
                 journal.add(work.layer)
             tracker.advance(1, f"layer {work.layer}")
     writer.copy_untouched()
@@ -259,7 +262,13 @@ def _check_kept(dims: LayerDims, kept: list[int]) -> None:
 
 
 def _compressed(
-    work: _Work, merge: Merge | None, router: Router, width: int, seed: int, stats: LayerStats
+    work: _Work,
+    merge: Merge | None,
+    router: Router,
+    width: int,
+    seed: int,
+    stats: LayerStats,
+    refit: Refit | None,
 ) -> Mapping[str, Tensor]:
     store, block = work.store, work.block
     modules = block.modules(width)
@@ -267,7 +276,9 @@ def _compressed(
         store.load(path)
     _check_round_trip(store, block)
     with torch.no_grad():
-        compressed = compress_layer(block.bank(), work.plan, merge, router, width, seed, stats)
+        # What was sampled is the input of the last MoE layer, not that of a multi-token-prediction layer.
+        refit = refit if isinstance(work.layer, int) else None
+        compressed = compress_layer(block.bank(), work.plan, merge, router, width, seed, stats, refit)
         resized = block.resized(_filled(compressed, block, work.plan, work.result))
     for path in modules:
         store.unload(path)

@@ -24,7 +24,8 @@ from dernkit.progress import Progress, Tracker
 from dernkit.sentences import reason
 from dernkit.types import Assignment, LayerPlan, LayerStats
 
-_MOVES = ("source", "target", "partner", "affinity", "scale")
+_MOVES = ("source", "target", "partner", "affinity", "scale", "left")
+_OPTIONAL = ("scale", "left")
 _GROUPS = ("respect", "collapse")
 
 
@@ -203,6 +204,7 @@ def summary(plan: LayerPlan) -> dict[str, Any]:
         "moves": len(plan.assignment),
         "moved_segments": len(moved),
         "discarded_segments": len(plan.dropped) * plan.width - len(moved),
+        "left_segments": 0 if plan.assignment.left is None else len(plan.assignment.left),
         "moved_from_to": flows,
     }
 
@@ -236,7 +238,9 @@ def load_plan(folder: Path) -> list[LayerPlan]:
 def _layer_plan(layer: int, item: Mapping[str, Any], file: Any) -> LayerPlan:
     names = {name: f"layers.{layer}.{name}" for name in _MOVES}
     stored = set(file.keys())
-    moves = Assignment(**{name: file.get_tensor(at) for name, at in names.items() if name != "scale" or at in stored})
+    moves = Assignment(
+        **{name: file.get_tensor(at) for name, at in names.items() if name not in _OPTIONAL or at in stored}
+    )
     planned = file.get_tensor(f"layers.{layer}.kept").tolist()
     if len(moves) and item["kept"] != planned:
         raise CheckpointError(

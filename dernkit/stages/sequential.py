@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from dernkit.api import Block, Merge, Router
+from dernkit.api import Block, Merge, Refit, Router
 from dernkit.kernel.compress import compress_layer, target_width
 from dernkit.models.groups import regrouped
 from dernkit.models.replay import Loader
@@ -37,6 +37,8 @@ class Surgery(Protocol):
     def merge(self) -> Merge | None: ...
     @property
     def router(self) -> Router: ...
+    @property
+    def refit(self) -> Refit | None: ...
     @property
     def width(self) -> int | None: ...
 
@@ -159,7 +161,7 @@ class _Sequence:
             return nullcontext()
         # Wider experts than this layer's own are padded with zero neurons later: the same function.
         width = target_width([plan], how.merge, how.width)
-        made = compress_layer(exact.bank(), plan, how.merge, how.router, width, self.seed, stats)
+        made = compress_layer(exact.bank(), plan, how.merge, how.router, width, self.seed, stats, how.refit)
         self.weights.unload(exact.path)
         return compressed(self.model, block, _cast(made, block.bank()))
 

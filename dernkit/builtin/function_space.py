@@ -1,0 +1,157 @@
+"""Neurons by what they do: which of the pool each kept expert should have for the layer to give what it gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, final
+
+import torch
+from annotated_types import Interval
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor
+
+from dernkit.api import Assignment, ExpertBank, LayerStats, Retention, hookimpl
+from dernkit.builtin.refits import refuse_unfittable
+from dernkit.kernel.function_space import features, normal_equations, penalty, reached, saliency, select, solve
+from dernkit.kernel.outputs import layer_output
+from dernkit.kernel.segments import finite_segments
+
+
+@final
+@dataclass(frozen=True)
+class FunctionSpace:
+    """Each kept expert gets the neurons, of its own and all dropped ones, that best rebuild the layer on its tokens.
+
+    Expert after expert: the target is what the layer gave less what the other kept experts give now; of the pool's
+    neurons those of least optimal-brain-surgeon saliency go. A neuron may go to several experts, own ones may be left
+    behind. Use it with the merge `adopt`; the refit `least-squares` then finds the down projections.
+    """
+
+    name: ClassVar[str] = "function-space"
+    requires: ClassVar[frozenset[str]] = frozenset({"sample"})
+    needs_groups: ClassVar[bool] = False
+
+    ridge: Annotated[float, Interval(ge=1e-8, le=1e6)] = 0.01
+    """λ relative to the mean of the diagonal of the pool's Gram matrix."""
+    rounds: Annotated[int, Interval(ge=1, le=1000)] = 4
+    """In how many steps neurons go; after each the others are judged again."""
+    pool: Annotated[float, Interval(gt=1, le=1000)] = 8.0
+    """At most so many times the width of an expert are looked at: its own neurons, and dropped ones with most output."""
+    tokens: Annotated[int, Interval(ge=1, le=16_777_216)] | None = None
+    """At most so many of the sampled inputs; null: all."""
+
+    def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
+        if not retention.dropped:
+            return Assignment.empty()
+        refuse_unfittable(bank, f"assigner '{self.name}', layer {bank.dims.layer}")
+        assert bank.route is not None
+        inputs, seen = stats["sample"][: self.tokens].to(torch.float32), stats.router_inputs[: self.tokens]
+        routing = bank.route(seen, retention.kept)
+        residual = layer_output(bank, inputs, bank.route(seen)) - layer_output(bank, inputs, routing)
+        dropped = torch.cat([finite_segments(bank, expert) for expert in retention.dropped])
+        origin = torch.cat([_numbers(bank, expert) for expert in retention.dropped])
+        choices = []
+        for position, expert in enumerate(retention.kept.tolist()):
+            rows, coefficients = reached(routing, expert)
+            if len(rows):
+                task = _Task(bank, expert, inputs[rows], coefficients, residual[rows])
+                choice = task.choose(dropped, self)
+                residual[rows] = choice.residual
+                choices.append((position, expert, choice))
+        return _assignment(bank, origin, choices)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    own: Int64[Tensor, " own"]
+    """Neurons that stay, ascending."""
+    arrivals: Int64[Tensor, " arrivals"]
+    """Places among the dropped segments."""
+    saliency: Float64[Tensor, " arrivals"]
+    """Share of the target's energy."""
+    partner: Int64[Tensor, " arrivals"]
+    residual: Float32[Tensor, "tokens hidden"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One kept expert and its tokens; ``residual`` is what the layer gave less what all kept experts give now."""
+
+    bank: ExpertBank
+    expert: int
+    inputs: Float32[Tensor, "tokens hidden"]
+    coefficients: Float32[Tensor, " tokens"]
+    residual: Float32[Tensor, "tokens hidden"]
+
+    def choose(self, dropped: Float32[Tensor, "candidates parts features"], how: FunctionSpace) -> _Choice:
+        width = self.bank.dims.width
+        own = finite_segments(self.bank, self.expert)
+        hidden = features(self.bank, own, self.inputs, self.coefficients)
+        target = self.residual + hidden @ own[:, -1, : self.residual.shape[1]]
+        places = self._strongest(dropped, round((how.pool - 1) * width))
+        pool = torch.cat([hidden, features(self.bank, dropped[places], self.inputs, self.coefficients)], dim=1)
+        gram, right = normal_equations(pool, target)
+        damping = penalty(gram, how.ridge)
+        chosen, found = select(gram, right, damping, width, how.rounds)
+        if int(chosen[0]) >= width:  # an expert keeps one neuron of its own at least: the most active one
+            chosen = torch.cat([gram.diagonal()[:width].argmax()[None], chosen[found.argsort()[1:]].sort().values])
+            found = saliency(gram[chosen][:, chosen], right[chosen], damping)
+        down = solve(gram[chosen][:, chosen], right[chosen], damping)
+        is_own = chosen < width
+        energy = float(target.square().sum(dtype=torch.float64)) or 1.0
+        return _Choice(
+            own=chosen[is_own],
+            arrivals=places[chosen[~is_own] - width],
+            saliency=found[~is_own] / energy,
+            partner=_partners(gram, chosen[is_own], chosen[~is_own]),
+            residual=target - pool[:, chosen] @ down.to(torch.float32),
+        )
+
+    def _strongest(self, dropped: Float32[Tensor, "candidates parts features"], most: int) -> Int64[Tensor, " some"]:
+        """The candidates with the most output on these tokens, ascending."""
+        if len(dropped) <= most:
+            return torch.arange(len(dropped))
+        output = torch.cat(
+            [
+                features(self.bank, part, self.inputs, self.coefficients).square().sum(0, dtype=torch.float64)
+                * part[:, -1].square().sum(1, dtype=torch.float64)
+                for part in dropped.split(4096)
+            ]
+        )
+        return output.argsort(descending=True, stable=True)[:most].sort().values
+
+
+def _partners(
+    gram: Float64[Tensor, "pool pool"], own: Int64[Tensor, " own"], arrivals: Int64[Tensor, " arrivals"]
+) -> Int64[Tensor, " arrivals"]:
+    """For each arrival the own neuron that stays whose activations are most like its own, by cosine."""
+    size = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    cosine = gram[arrivals][:, own].abs() / size[arrivals, None] / size[own]
+    return own[cosine.argmax(1)] if len(arrivals) else arrivals
+
+
+def _numbers(bank: ExpertBank, expert: int) -> Int64[Tensor, " width"]:
+    """expert · W + neuron of all its segments."""
+    return expert * bank.dims.width + torch.arange(bank.dims.width)
+
+
+def _assignment(
+    bank: ExpertBank, origin: Int64[Tensor, " candidates"], choices: list[tuple[int, int, _Choice]]
+) -> Assignment:
+    if not choices:
+        return Assignment.empty()
+    neurons = torch.arange(bank.dims.width)
+    gone = [_numbers(bank, expert)[~torch.isin(neurons, each.own)] for _, expert, each in choices]
+    return Assignment(
+        source=torch.cat([origin[each.arrivals] for _, _, each in choices]),
+        target=torch.cat([torch.full_like(each.arrivals, position) for position, _, each in choices]),
+        partner=torch.cat([each.partner for _, _, each in choices]),
+        affinity=torch.cat([each.saliency.to(torch.float32) for _, _, each in choices]),
+        left=torch.cat(gone),
+    )
+
+
+@hookimpl
+def dernkit_assigners() -> list[type]:
+    """Assigners that look at what neurons do."""
+    return [FunctionSpace]

@@ -1,0 +1,82 @@
+"""Refits: down projections in closed form, so that the layer gives what it gave before surgery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, final
+
+import torch
+from annotated_types import Interval
+from jaxtyping import Float32
+from torch import Tensor
+
+from dernkit.api import CheckpointError, ExpertBank, LayerPlan, LayerStats, hookimpl
+from dernkit.kernel.function_space import features, normal_equations, penalty, reached, solve
+from dernkit.kernel.outputs import layer_output
+
+
+@final
+@dataclass(frozen=True)
+class LeastSquares:
+    """``min Σ_x ‖Y(x) − Σ_r g_r(x) D_r φ_r(x)‖² + Σ_r λ_r ‖D_r − D_r⁰‖²`` over the down projections D_r, one by one.
+
+    Y is what the routed experts gave before, D⁰ the projections that surgery left. The error on the sampled inputs
+    never rises. Gate rows, up rows, biases and the router stay.
+    """
+
+    name: ClassVar[str] = "least-squares"
+    requires: ClassVar[frozenset[str]] = frozenset({"sample"})
+
+    ridge: Annotated[float, Interval(ge=1e-8, le=1e6)] = 0.01
+    """λ_r relative to the mean of the diagonal of expert r's Gram matrix: larger keeps the projections nearer."""
+    passes: Annotated[int, Interval(ge=1, le=100)] = 3
+    """How often each expert has its turn."""
+    tokens: Annotated[int, Interval(ge=1, le=16_777_216)] | None = None
+    """At most so many of the sampled inputs; null: all."""
+
+    def refit(
+        self, bank: ExpertBank, after: ExpertBank, plan: LayerPlan, stats: LayerStats
+    ) -> Float32[Tensor, "kept hidden width"]:
+        refuse_unfittable(bank, f"refit '{self.name}', layer {plan.layer}")
+        assert bank.route is not None and after.route is not None
+        inputs, seen = stats["sample"][: self.tokens].to(torch.float32), stats.router_inputs[: self.tokens]
+        routing = after.route(seen)
+        residual = layer_output(bank, inputs, bank.route(seen)) - layer_output(after, inputs, routing)
+        change = torch.zeros(after.down.transpose(1, 2).shape, dtype=torch.float64)
+        for _ in range(self.passes):
+            for expert in range(len(change)):
+                rows, coefficients = reached(routing, expert)
+                if not len(rows):
+                    continue
+                hidden = features(after, after.segments(expert), inputs[rows], coefficients)
+                # What D⁰ gives is not wanted again: the penalty is on the change.
+                wanted = residual[rows] + hidden @ change[expert].to(torch.float32)
+                gram, right = normal_equations(hidden, wanted)
+                better = solve(gram, right, penalty(gram, self.ridge))
+                residual[rows] = wanted - hidden @ better.to(torch.float32)
+                change[expert] = better
+        return (after.down.to(torch.float64) + change.transpose(1, 2)).to(torch.float32)
+
+
+def refuse_unfittable(bank: ExpertBank, where: str) -> None:
+    """Layers whose output is not linear in the down projections, or whose tokens cannot be routed again.
+
+    Raises:
+        CheckpointError: the layer is one of them.
+    """
+    if bank.finish is not None:
+        raise CheckpointError(
+            f"{where}: experts must end with their down projection. Got a norm behind it instead. Leave out this "
+            "component for this family."
+        )
+    if bank.route is None or bank.tables:
+        raise CheckpointError(
+            f"{where}: sampled tokens must be routable again. Got a router that the adapter cannot repeat instead. "
+            "Leave out this component for this family."
+        )
+
+
+@hookimpl
+def dernkit_refits() -> list[type]:
+    """The refits that come with dernkit."""
+    return [LeastSquares]
