@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ class _Loaded:
     sizes: Sizes
     original: Measured
     """In float32; remembers."""
+    memory: Memory
 
 
 @dataclass(slots=True)
@@ -120,9 +122,11 @@ class Laboratory:
         live = live_sizes(model, frozenset(names))
         parameters, size, experts = (x - y + z for x, y, z in zip(subject.sizes, loaded.sizes, live, strict=True))
         original = loaded.original
-        Memory().attach(model.float())  # evaluators look at the same texts
-        compressed = Measured(model, original.tokenizer, original.path, lambda: original)
-        observations, metrics = _observed(subject.evaluators, compressed)
+        compressed = Measured(model.float(), original.tokenizer, original.path, lambda: original)
+        with Memory().attached(model):  # evaluators look at the same texts
+            observations, metrics = _observed(subject.evaluators, compressed)
+        del compressed, model
+        gc.collect()  # modules refer to each other in circles, and models are large
         return _row(
             cell,
             (parameters, size, experts),
@@ -134,7 +138,9 @@ class Laboratory:
 
     def _load(self, subject: Subject) -> _Loaded:
         if self._loaded is None or self._loaded.fingerprint != subject.fingerprint:
-            self._loaded = None  # before the next one takes its place
+            if self._loaded is not None:  # it goes before the next one takes its place
+                self._loaded.memory.detach(self._loaded.original.model)
+                self._loaded = None
             use_architecture(subject.path, self.registry.components("architecture"))
             adapters = [component.cls() for component in self.registry.components("adapter")]
             tokenizer = load_tokenizer(subject.path, trust_remote_code=self.trust_remote_code)
@@ -142,9 +148,10 @@ class Laboratory:
             blocks = find_blocks(model, adapters)
             sizes = live_sizes(model, frozenset(name for block in blocks for name in block.expert_tensors()))
             original = Measured(copy.deepcopy(model).float(), tokenizer, subject.path)
-            Memory().attach(original.model)
+            memory = Memory()
+            memory.attach(original.model)
             source = read_source(subject.path, trust_remote_code=self.trust_remote_code)
-            self._loaded = _Loaded(subject.fingerprint, source, model, blocks, sizes, original)
+            self._loaded = _Loaded(subject.fingerprint, source, model, blocks, sizes, original, memory)
         return self._loaded
 
     def _tokens(self, context: Context) -> list[Tensor]:

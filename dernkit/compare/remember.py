@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,20 @@ class Memory:
         """Let a model in eval mode remember. Only passes without a key-value cache, and plain generation, are."""
         model.forward = self._remembering(model.forward, self._to_logits, self._to_output)
         model.generate = self._remembering(model.generate, _tensor, lambda tensor: tensor)
+
+    def detach(self, model: Any) -> None:
+        """Forget all of it. A model that remembers holds itself, and would stay until Python looks for such circles."""
+        del model.forward, model.generate
+        self._found.clear()
+
+    @contextmanager
+    def attached(self, model: Any) -> Iterator[None]:
+        """`attach` for a while."""
+        self.attach(model)
+        try:
+            yield
+        finally:
+            self.detach(model)
 
     def _remembering(
         self, method: Callable[..., Any], take: Callable[[Any], Tensor | None], give: Callable[[Tensor], Any]

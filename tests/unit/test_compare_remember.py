@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -74,3 +76,18 @@ def test_passes_with_a_cache_or_with_gradients_are_the_model_s_own(model: Any) -
             assert model(input_ids=tokens(1, 4)).past_key_values is not None
         model(input_ids=tokens(1, 4), use_cache=False).logits.sum().backward()
     assert len(counted) == 4
+
+
+def test_a_model_that_forgot_is_as_it_was_and_goes_when_nobody_needs_it(model: Any) -> None:
+    ids, memory = tokens(1, 8), Memory()
+    plain = logits(model, ids)
+    with memory.attached(model):
+        remembered = weakref.ref(model.forward)
+        assert torch.equal(logits(model, ids), plain)
+    assert "forward" not in vars(model) and "generate" not in vars(model)
+    assert torch.equal(logits(model, ids), plain)
+    gc.disable()
+    try:
+        assert remembered() is None
+    finally:
+        gc.enable()
