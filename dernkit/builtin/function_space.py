@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dernkit.api import Assignment, ExpertBank, LayerStats, Retention, hookimpl
 from dernkit.builtin.refits import refuse_unfittable
-from dernkit.kernel.function_space import features, normal_equations, penalty, reached, saliency, select, solve
+from dernkit.kernel.function_space import features, normal_equations, penalty, saliency, select, solve, turns
 from dernkit.kernel.outputs import layer_output
 from dernkit.kernel.segments import finite_segments
 
@@ -22,9 +22,10 @@ from dernkit.kernel.segments import finite_segments
 class FunctionSpace:
     """Each kept expert gets the neurons, of its own and all dropped ones, that best rebuild the layer on its tokens.
 
-    Expert after expert: the target is what the layer gave less what the other kept experts give now; of the pool's
-    neurons those of least optimal-brain-surgeon saliency go. A neuron may go to several experts, own ones may be left
-    behind. Use it with the merge `adopt`; the refit `least-squares` then finds the down projections.
+    Expert after expert, those with most weight first: the target is what the layer gave less what the other kept
+    experts give now; of the pool's neurons those of least optimal-brain-surgeon saliency go. A neuron may go to several
+    experts, own ones may be left behind. Use it with the merge `adopt`; the refit `least-squares` then finds the down
+    projections.
     """
 
     name: ClassVar[str] = "function-space"
@@ -36,7 +37,7 @@ class FunctionSpace:
     rounds: Annotated[int, Interval(ge=1, le=1000)] = 4
     """In how many steps neurons go; after each the others are judged again."""
     pool: Annotated[float, Interval(gt=1, le=1000)] = 8.0
-    """At most so many times the width of an expert are looked at: its own neurons, and dropped ones with most output."""
+    """At most so many times an expert's width are looked at: its own neurons, and dropped ones with most output."""
     tokens: Annotated[int, Interval(ge=1, le=16_777_216)] | None = None
     """At most so many of the sampled inputs; null: all."""
 
@@ -51,14 +52,11 @@ class FunctionSpace:
         dropped = torch.cat([finite_segments(bank, expert) for expert in retention.dropped])
         origin = torch.cat([_numbers(bank, expert) for expert in retention.dropped])
         choices = []
-        for position, expert in enumerate(retention.kept.tolist()):
-            rows, coefficients = reached(routing, expert)
-            if len(rows):
-                task = _Task(bank, expert, inputs[rows], coefficients, residual[rows])
-                choice = task.choose(dropped, self)
-                residual[rows] = choice.residual
-                choices.append((position, expert, choice))
-        return _assignment(bank, origin, choices)
+        for expert, rows, coefficients in turns(routing, retention.kept.tolist()):
+            choice = _Task(bank, expert, inputs[rows], coefficients, residual[rows]).choose(dropped, self)
+            residual[rows] = choice.residual
+            choices.append((retention.kept.tolist().index(expert), expert, choice))
+        return _assignment(bank, origin, sorted(choices, key=lambda choice: choice[0]))
 
 
 @dataclass(frozen=True, slots=True)

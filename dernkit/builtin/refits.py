@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from dernkit.api import CheckpointError, ExpertBank, LayerPlan, LayerStats, hookimpl
-from dernkit.kernel.function_space import features, normal_equations, penalty, reached, solve
+from dernkit.kernel.function_space import features, normal_equations, penalty, solve, turns
 from dernkit.kernel.outputs import layer_output
 
 
@@ -44,10 +44,7 @@ class LeastSquares:
         residual = layer_output(bank, inputs, bank.route(seen)) - layer_output(after, inputs, routing)
         change = torch.zeros(after.down.transpose(1, 2).shape, dtype=torch.float64)
         for _ in range(self.passes):
-            for expert in range(len(change)):
-                rows, coefficients = reached(routing, expert)
-                if not len(rows):
-                    continue
+            for expert, rows, coefficients in turns(routing, range(len(change))):
                 hidden = features(after, after.segments(expert), inputs[rows], coefficients)
                 # What D⁰ gives is not wanted again: the penalty is on the change.
                 wanted = residual[rows] + hidden @ change[expert].to(torch.float32)

@@ -1,11 +1,13 @@
 """What neurons contribute to a layer's output on sampled inputs: features, least squares, and which ones to keep.
 
-The output of an expert is linear in its down projection: ``g(x) Σ_i d_i φ_i(x)``, φ the gated activations. So both which
+The output of an expert is linear in its down projection: ``g(x) Σ_i d_i φ_i(x)``, φ the gated activations. So which
 neurons an expert should have, and their down columns, follow from the Gram matrix of ``h_i(x) = g(x) φ_i(x)`` over the
 tokens that reach it. Accumulated and solved in float64.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float32, Float64, Int64
@@ -18,12 +20,19 @@ _ROWS = 4096
 """Tokens that are converted to float64 at a time."""
 
 
-def reached(routing: Routing, expert: int) -> tuple[Int64[Tensor, " tokens"], Float32[Tensor, " tokens"]]:
-    """Tokens that an expert gets, and their coefficients."""
-    rows, columns = torch.where(routing.chosen == expert)
-    coefficients = routing.coefficients[rows, columns].to(torch.float32)
-    used = coefficients != 0
-    return rows[used], coefficients[used]
+def turns(routing: Routing, experts: Sequence[int]) -> list[tuple[int, Tensor, Tensor]]:
+    """Experts with the tokens that they get [t] and their coefficients [t], float32; those with most weight first.
+
+    The order is the experts' own, not that of their numbers; an expert that gets no token has no turn.
+    """
+    found = []
+    for expert in experts:
+        rows, columns = torch.where(routing.chosen == expert)
+        coefficients = routing.coefficients[rows, columns].to(torch.float32)
+        used = coefficients != 0
+        if bool(used.any()):
+            found.append((expert, rows[used], coefficients[used]))
+    return sorted(found, key=lambda turn: -float(turn[2].abs().sum(dtype=torch.float64)))
 
 
 def features(
@@ -80,18 +89,41 @@ def select(
     count: int,
     rounds: int,
 ) -> tuple[Int64[Tensor, " chosen"], Float64[Tensor, " chosen"]]:
-    """``count`` neurons, ascending, with their saliency among them: those of least saliency go in a few rounds.
+    """``count`` neurons, ascending, with their saliency among them: the others go one by one, the least salient first.
 
-    Ties go to the lowest index. ``rounds``: steps in each of which about the same share of what is left goes.
+    In each round about the same share of what is left goes, out of twice as many that are least salient at its
+    beginning; within it saliencies follow exactly, so that of two equal neurons one stays. Ties go to the lowest index.
     """
     left = torch.arange(len(gram))
     for number in range(rounds, 0, -1):
         if len(left) <= count:
             break
         size = count if number == 1 else max(count, round(len(left) * (count / len(left)) ** (1 / number)))
-        found = saliency(gram[left][:, left], right[left], damping)
-        left = left[found.argsort(descending=True, stable=True)[:size].sort().values]
+        left = left[_without(gram[left][:, left], right[left], damping, len(left) - size)]
     return left, saliency(gram[left][:, left], right[left], damping)
+
+
+def _without(
+    gram: Float64[Tensor, "neurons neurons"], right: Float64[Tensor, "neurons hidden"], damping: float, gone: int
+) -> Int64[Tensor, " left"]:
+    """Neurons that are left, ascending, when so many of the least salient go one by one."""
+    inverse = torch.cholesky_inverse(_factor(gram, damping))
+    weights = inverse @ right
+    order = (weights.square().sum(1) / inverse.diagonal()).argsort(stable=True)
+    some = order[: 2 * gone].sort().values
+    inverse, weights = inverse[some][:, some], weights[some]
+    stays = torch.ones(len(gram), dtype=torch.bool)
+    for _ in range(gone):
+        diagonal = inverse.diagonal()
+        found = torch.where(stays[some], weights.square().sum(1) / diagonal, torch.inf)
+        least = int(found.argmin())
+        stays[some[least]] = False
+        # The inverse and the solution of what is left, by a block of the one with it.
+        column, pivot = inverse[:, least].clone(), diagonal[least].clone()
+        weights = weights - column[:, None] * (weights[least] / pivot)
+        inverse = inverse - column[:, None] * (column / pivot)
+        inverse[least, least] = 1.0  # gone: never looked at again
+    return stays.nonzero().flatten()
 
 
 def _factor(gram: Float64[Tensor, "neurons neurons"], damping: float) -> Float64[Tensor, "neurons neurons"]:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from dernkit.kernel.after import after_surgery
+from dernkit.kernel.compress import compress_layer
 from dernkit.kernel.selection import limits
 from dernkit.kernel.statistics import Accumulator
 from dernkit.testing.banks import copy_expert, random_bank, retained, softmax_route
@@ -156,6 +158,16 @@ def plan_of(found: Case) -> LayerPlan:
     partner = torch.randint(dims.width, (len(source),), generator=rng)
     moves = Assignment(source, target, partner, torch.rand(len(source), generator=rng))
     return LayerPlan(dims.layer, dims.experts, dims.width, found.scores, found.kept, moves)
+
+
+def after_of(found: Case) -> ExpertBank:
+    """What surgery makes of the layer by `plan_of`: the kept experts and their router rows as they were."""
+    from dernkit.builtin.merges import Keep
+    from dernkit.builtin.routers import Slice
+
+    plan, width = plan_of(found), found.bank.dims.width
+    compressed = compress_layer(found.bank, plan, Keep(), Slice(), width, 0, found.stats)
+    return after_surgery(compressed, found.bank, plan.kept)
 
 
 def rows_of(found: Case) -> Tensor:

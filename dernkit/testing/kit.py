@@ -16,6 +16,7 @@ from dernkit.testing.laws import (
     merges,
     observing,
     others,
+    refits,
     routers,
     scorers,
     selectors,
@@ -27,7 +28,7 @@ from dernkit.testing.trials import LAYER_KINDS
 Expected = Mapping[str, Mapping[str, str]]
 """Class name, or class name with options as in test ids -> id of a law -> why the component breaks it."""
 
-_MODULES = (scorers, budgets, selectors, assigners, similarities, merges, routers, others, observing)
+_MODULES = (scorers, budgets, selectors, assigners, similarities, merges, routers, refits, others, observing)
 
 
 def all_checks() -> list[Check]:

@@ -78,6 +78,10 @@ def _router(found: Case) -> Iterator[Arguments]:
     yield cases.rows_of(found), cases.plan_of(found), found.stats
 
 
+def _refit(found: Case) -> Iterator[Arguments]:
+    yield found.bank, cases.after_of(found), cases.plan_of(found), found.stats
+
+
 def _budget(stack: Sequence[Case]) -> Iterator[Arguments]:
     banks, scores, stats = ([getattr(each, name) for each in stack] for name in ("bank", "scores", "stats"))
     for keep in (0.5, 1.0, len(stack[0].kept)):
@@ -102,6 +106,7 @@ _ARGUMENTS: Mapping[str, Callable[[Any], Iterator[Arguments]]] = {
     "similarity": _similarity,
     "merge": _merge,
     "router": _router,
+    "refit": _refit,
 }
 LAYER_KINDS = tuple(_ARGUMENTS)
 """Kinds that work on layers; the others need files, models or runs."""
@@ -114,6 +119,7 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
     "similarity": lambda component, *given: component.match(*given),
     "merge": _call_merge,
     "router": lambda component, *given: component.update(*given),
+    "refit": lambda component, *given: component.refit(*given),
     "source": lambda component, *given: component.tokens(*given),
     "evaluator": lambda component, *given: component.evaluate(*given),
     "report": lambda component, *given: component.render(*given),

@@ -292,6 +292,24 @@ class BrokenRouter:
 
 
 @dataclass(frozen=True)
+class BrokenRefit:
+    """Projections as they are, with one thing wrong."""
+
+    name: ClassVar[str] = "broken"
+    requires: ClassVar[frozenset[str]] = frozenset({"sample"})
+    law: str = ""
+
+    def refit(self, bank: Any, after: Any, plan: LayerPlan, stats: Any) -> torch.Tensor:
+        down = after.down.to(torch.float32, copy=True)
+        match self.law:
+            case "shape":
+                return torch.cat([down, down[-1:]])
+            case "never_worse":
+                return down + 3.0
+        return down
+
+
+@dataclass(frozen=True)
 class BrokenBudget:
     """The same share everywhere, with one thing wrong."""
 

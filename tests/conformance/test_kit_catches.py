@@ -17,6 +17,7 @@ SELECTOR = ("kept_count", "kept_order", "router_groups", "keeps_scores", "own_gr
 ASSIGNER = ("move_columns", "dropped_sources", "in_range", "nothing_dropped", "expert_permutation")
 SIMILARITY = ("match_shape", "kept_order", "dropped_neurons", "kept_neurons", "self_match", "self_partner", "in_range")
 MERGE = ("shape", "dtype", "zero_weights", "exact_copies", "arrival_order", "neuron_permutation")
+REFIT = ("shape", "never_worse")
 ROUTER = ("shape", "untouched_rows", "expert_permutation")
 BUDGET = ("measures", "in_range", "within_budget", "keep_all", "layer_order", "expert_permutation")
 SOURCE = ("shape", "dtype", "in_range", "too_short", "determinism")
@@ -36,6 +37,7 @@ CASES: list[tuple[Any, str]] = [
     (broken.BrokenPairs("pairs"), "pairs"),
     *((broken.BrokenMerge(law), law) for law in MERGE),
     *((broken.BrokenRouter(law), law) for law in ROUTER),
+    *((broken.BrokenRefit(law), law) for law in REFIT),
     *((broken.BrokenBudget(law), law) for law in BUDGET),
     *((broken.BrokenSource(law), law) for law in SOURCE),
     (broken.BrokenEvaluator(), "named_numbers"),
@@ -50,7 +52,7 @@ CASES: list[tuple[Any, str]] = [
 ]
 MALFORMED = {"move_columns", "dropped_sources", "in_range", "shape", "kept_count"}
 """What is malformed cannot be compared after a permutation either."""
-PERMUTED = {"expert_permutation", "neuron_permutation", "kept_neurons", "repeated_tokens"}
+PERMUTED = {"expert_permutation", "neuron_permutation", "kept_neurons", "repeated_tokens", "never_worse"}
 
 
 def failures(component: Any) -> dict[str, str]:
