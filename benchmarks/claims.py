@@ -1,15 +1,13 @@
 """What the DERN paper says, held against benchmarks/results: one verdict for each claim, model and ratio.
 
-    python benchmarks/claims.py [--write-docs]
+    python benchmarks/claims.py
 
-Reads the results of the comparisons in benchmarks/comparisons (`make bench` makes them) and prints the tables of
-docs/explanation/does-dern-work.md; with --write-docs it puts them there, between their markers.
+Reads the results of the comparisons in benchmarks/comparisons (`make bench` makes them) and prints tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,6 @@ from dernkit.compare.statistics import holm
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "explanation" / "does-dern-work.md"
 METRIC = "perplexity/bits_per_byte"
 BASELINE = "prune-frequency"
 IDENTICAL = 1e-12
@@ -128,7 +125,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def tables(results: dict[str, list[Row]]) -> dict[str, str]:
-    """Name of a place in the page -> what goes there."""
+    """By what they are about."""
     methods = results["methods"]
     recipes = list(dict.fromkeys(row.recipe for row in methods if row.recipe not in (ORIGINAL, BASELINE)))
     columns = [f"{model}, {1 - keep:.1%} dropped".replace(".0%", "%") for model, keep, _ in blocks(methods, BASELINE)]
@@ -139,26 +136,11 @@ def tables(results: dict[str, list[Row]]) -> dict[str, str]:
     }
 
 
-def write_page(found: dict[str, str]) -> None:
-    """Put each table between its markers."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, table in found.items():
-        block = f"<!-- {name}:begin -->\n{table}\n<!-- {name}:end -->"
-        text = re.sub(f"<!-- {name}:begin -->.*?<!-- {name}:end -->", lambda _, block=block: block, text, flags=re.S)
-    PAGE.write_text(text, encoding="utf-8")
-
-
 def main() -> None:
-    """Print the tables, or write them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write-docs", action="store_true", help="put the tables into the page")
-    arguments = parser.parse_args()
+    """Print the tables."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     results = {name: read_rows(RESULTS / name / "results.parquet") for name in ("methods", "claims")}
-    found = tables(results)
-    if arguments.write_docs:
-        write_page(found)
-    else:
-        print("\n\n".join(found.values()))
+    print("\n\n".join(tables(results).values()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a testbed of many small experts from scratch: Qwen2-MoE or DeepSeek-V2 layers, with shared experts.
 
-    python -m benchmarks.testbeds.fine_grained qwen2-moe --tokens 12e6 --work-dir WORK --out OUT
+    python -m benchmarks.testbeds.fine_grained qwen2-moe --tokens 8e6 --work-dir WORK --out OUT
 
 Unlike the Mixtral testbed there is no dense phase: the experts have no common ancestor. Data, tokenizer, optimizer and
 the losses on routing are those of `benchmarks.testbeds.mixtral`; the schedule follows the tokens, and the same command
@@ -179,9 +179,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("testbed", choices=list(TESTBEDS))
     add = parser.add_argument
-    add("--tokens", type=float, default=12e6, help="budget")
+    add("--tokens", type=float, default=8e6, help="budget")
     add("--work-dir", type=Path, required=True, help="folder for the token cache and what is needed to go on")
-    add("--out", type=Path, required=True, help="folder for curve.jsonl and model/")
+    add("--out", type=Path, required=True, help="folder for model/, curve.jsonl and routing.md")
     add("--corpus", type=Path, default=HERE / "corpus", help="folder of *.txt.xz files")
     add("--seq-len", type=int, default=256, help="tokens a sequence")
     add("--batch-tokens", type=int, default=2048, help="tokens a step")
@@ -198,13 +198,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train to the end of the budget, then print loss and routing on all held-out text."""
+    """Train to the end of the budget, then write loss and routing on all held-out text to ``routing.md``."""
     args = parse_args()
     run = Run(args)
     print(f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.tokens:,} tokens done", flush=True)
     run.train()
     saved = AutoModelForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)
-    print(report({split.domain: measure(saved, run.tokenizer, split.heldout) for split in run.splits}), flush=True)
+    tables = report({split.domain: measure(saved, run.tokenizer, split.heldout) for split in run.splits})
+    (args.out / "routing.md").write_text(tables + "\n", encoding="utf-8")
+    print(tables, flush=True)
 
 
 if __name__ == "__main__":
