@@ -61,6 +61,7 @@ PLACES = {
     "similarity": "Named in the option `similarity` of an assigner.",
     "merge": "Named in `apply.merge`.",
     "router": "Named in `apply.router`.",
+    "refit": "Named in `apply.refit`.",
     "source": "Named in `calibrate.source`.",
     "evaluator": "Named in the entries of `evaluate`.",
     "report": "Named in `report`.",

@@ -22,7 +22,7 @@ from dernkit.types import LayerStats
 from tests.reference import groupings, similarities
 
 HERE = Path(__file__).parent
-STRATEGIES = ("scorer", "budget", "selector", "assigner", "similarity", "merge", "router")
+STRATEGIES = ("scorer", "budget", "selector", "assigner", "similarity", "merge", "router", "refit")
 NONE = LayerStats(0)
 Moves = list[tuple[int, int, int]]
 """source, target, partner"""

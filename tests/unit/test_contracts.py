@@ -38,7 +38,7 @@ class Actor:
     def _do(self, *inputs: Any) -> Any:
         return self.deed(*inputs)
 
-    score = measure = select = assign = match = pairs = merge = update = tokens = evaluate = render = _do
+    score = measure = select = assign = match = pairs = merge = update = refit = tokens = evaluate = render = _do
 
     def allocate(self, measures: Any, keep: Any, limits: Any) -> Any:
         return self.deed(measures, keep, limits)
@@ -113,6 +113,10 @@ def do_update(actor: Actor) -> Any:
     return calls.update(actor, torch.ones(EXPERTS, HIDDEN), plan(), stats(bank()))
 
 
+def do_refit(actor: Actor) -> Any:
+    return calls.refit(actor, bank(), random_bank(2, WIDTH, HIDDEN, layer=LAYER), plan(), stats(bank()))
+
+
 def do_tokens(actor: Actor) -> Any:
     return calls.tokens(actor, None, 2, 8, torch.Generator())
 
@@ -150,6 +154,7 @@ DO: Mapping[str, tuple[str, Callable[[Actor], Any], Deed]] = {
     "pairs": ("similarity", do_pairs, lambda *inputs: torch.zeros(WIDTH, WIDTH)),
     "merge": ("merge", do_merge, lambda pool, width, rng: pool.own + torch.rand(1, generator=rng)),
     "update": ("router", do_update, lambda rows, plan, stats: rows[plan.kept]),
+    "refit": ("refit", do_refit, lambda bank, after, plan, stats: after.down.to(torch.float32, copy=True)),
     "tokens": ("source", do_tokens, lambda tokenizer, sequences, length, rng: torch.ones(2, 8, dtype=torch.int64)),
     "evaluate": ("evaluator", do_evaluate, lambda subject: {"loss": 1.5, "tokens": 3}),
     "render": ("report", do_render, lambda run: "text"),
@@ -171,7 +176,7 @@ def changed(where: Callable[..., torch.Tensor]) -> Deed:
 
 
 NAN = torch.tensor(float("nan"), dtype=torch.float64)
-WITH_STATS = ("score", "measure", "select", "assign", "match", "pairs", "merge", "update")
+WITH_STATS = ("score", "measure", "select", "assign", "match", "pairs", "merge", "update", "refit")
 BREAKS = [
     *everywhere("no_exception", lambda *inputs: 1 // 0, "ZeroDivisionError: .* at test_contracts.py:"),
     *everywhere("no_exception", lambda *inputs: exit(3), "SystemExit: 3"),
@@ -191,6 +196,7 @@ BREAKS = [
     ("merge", "no_mutation", lambda pool, width, rng: past(pool, own_weight=1.0), "'pool.own_weight' changed"),
     ("update", "no_mutation", changed(lambda rows, plan, stats: rows), "'rows' changed"),
     ("update", "no_mutation", changed(lambda rows, plan, stats: plan.assignment.target), "'plan.assignment.target'"),
+    ("refit", "no_mutation", changed(lambda bank, after, plan, stats: after.down), "'after.down' changed"),
     ("evaluate", "no_mutation", lambda subject: past(subject, path=Path("x")), "'subject.path' changed"),
     ("render", "no_mutation", lambda run: run["recipe"].update(more=1), "'run.recipe.more' changed"),
     ("score", "shape", lambda *_: scores()[:3], r"float64 \[3\] on cpu"),
@@ -222,6 +228,10 @@ BREAKS = [
     ("assign", "in_range", lambda *_: with_moves(source=torch.tensor([5, 0])), r"dropped expert.* Got 0 at \[1\]"),
     ("assign", "in_range", lambda *_: with_moves(target=torch.tensor([2, 0])), r"2 at \[0\]"),
     ("assign", "in_range", lambda *_: with_moves(partner=torch.tensor([-1, 0])), r"-1 at \[0\]"),
+    ("assign", "dtype", lambda *_: with_moves(left=torch.tensor([0.0])), r"float32 \[1\]"),
+    ("assign", "in_range", lambda *_: with_moves(left=torch.tensor([1, 5])), r"segments of kept experts.* Got 5 at \[1\]"),
+    ("assign", "in_range", lambda *_: with_moves(left=torch.tensor([2, 1])), r"ascending.* Got 1 at \[1\]"),
+    ("assign", "in_range", lambda *_: with_moves(left=torch.tensor([4])), r"does not leave behind.* Got 4 at \[0\]"),
     ("match", "shape", lambda *_: matched(GOOD_MATCH[0][:, :1]), r"float32 \[5, 1\]"),
     ("match", "dtype", lambda *_: matched(partner=GOOD_MATCH[0]), r"float32 \[5, 2\]"),
     ("match", "finite", lambda *_: matched(GOOD_MATCH[0] / 0), r"nan at \[0, 0\]"),
@@ -236,6 +246,9 @@ BREAKS = [
     ("update", "shape", lambda rows, *_: rows * 1, r"float32 \[4, 3\]"),
     ("update", "dtype", lambda rows, *_: rows[:2].half(), r"float16 \[2, 3\]"),
     ("update", "finite", lambda rows, *_: rows[:2] / 0, r"inf at \[0, 0\]"),
+    ("refit", "shape", lambda bank, *_: bank.down * 1, r"float32 \[4, 3, 5\]"),
+    ("refit", "dtype", lambda bank, after, *_: after.down.half(), r"float16 \[2, 3, 5\]"),
+    ("refit", "finite", lambda bank, after, *_: after.down / 0, r"inf at \[0, "),
     ("tokens", "shape", lambda *_: torch.ones(2, 7, dtype=torch.int64), r"int64 \[2, 7\]"),
     ("tokens", "dtype", lambda *_: torch.ones(2, 8), r"float32 \[2, 8\]"),
     ("evaluate", "type", lambda subject: {"loss": "low"}, "a str"),
