@@ -1,13 +1,15 @@
 """What the DERN paper says, held against benchmarks/results: one verdict for each claim, model and ratio.
 
-    python benchmarks/claims.py
+    python benchmarks/claims.py [--write-docs]
 
-Reads the results of the comparisons in benchmarks/comparisons (`make bench` makes them) and prints tables.
+Reads the results of the comparisons in benchmarks/comparisons (`make bench` makes them) and prints the tables of
+docs/explanation/does-dern-work.md; with --write-docs it puts them there, between their markers.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from dernkit.compare.statistics import holm
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "explanation" / "does-dern-work.md"
 METRIC = "perplexity/bits_per_byte"
 BASELINE = "prune-frequency"
 IDENTICAL = 1e-12
@@ -93,7 +96,7 @@ def claims_table(results: dict[str, list[Row]]) -> list[list[str]]:
         [
             claim.says,
             each.model,
-            f"{1 - each.keep:.1%}".replace(".0%", "%"),
+            dropped(each.keep).split()[0],
             interval(each.difference, "+.4f"),
             f"{each.documents} × {each.seeds}",
             f"{p:.3g}",
@@ -113,6 +116,35 @@ def recovered_table(rows: Sequence[Row], recipes: Sequence[str]) -> list[list[st
     return table
 
 
+THRESHOLDS = {"0": "dern/threshold-0.0", "0.2": "dern/threshold-0.2", "0.4": "dern/threshold-0.4", "0.6": "dern"}
+THRESHOLDS |= {"0.8": "dern/threshold-0.8"}
+
+
+def thresholds_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """DERN at each threshold less dropping the same experts, and the share of dropped segments that move."""
+    against = "prune-gate-mass"
+    columns = list(blocks(rows, *THRESHOLDS.values(), against))
+    table = []
+    for threshold, recipe in THRESHOLDS.items():
+        cells = [threshold]
+        for model, keep, calibration in columns:
+            found = compare_pair(
+                rows, model=model, keep=keep, calibration=calibration, metric=METRIC, recipe=recipe, against=against
+            )
+            moved = [row.moved for row in rows if (row.model, row.keep, row.recipe) == (model, keep, recipe)]
+            cells += [f"{sum(moved) / len(moved):.0%}", interval(found.difference, "+.4f")]
+        table.append(cells)
+    header = ["threshold"]
+    for model, keep, _ in columns:
+        header += [f"{model}, {dropped(keep)}: moved", "difference (95%)"]
+    return header, table
+
+
+def dropped(keep: float) -> str:
+    """A ratio in words."""
+    return f"{1 - keep:.1%} dropped".replace(".0%", "%")
+
+
 def interval(found: Interval | None, form: str) -> str:
     """``estimate (low to high)``."""
     return "-" if found is None else f"{found.estimate:{form}} ({found.low:{form}} to {found.high:{form}})"
@@ -125,22 +157,38 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def tables(results: dict[str, list[Row]]) -> dict[str, str]:
-    """By what they are about."""
+    """Name of a place in the page -> what goes there."""
     methods = results["methods"]
     recipes = list(dict.fromkeys(row.recipe for row in methods if row.recipe not in (ORIGINAL, BASELINE)))
-    columns = [f"{model}, {1 - keep:.1%} dropped".replace(".0%", "%") for model, keep, _ in blocks(methods, BASELINE)]
+    columns = [f"{model}, {dropped(keep)}" for model, keep, _ in blocks(methods, BASELINE)]
     header = ["claim", "model", "dropped", "difference in bits per byte (95%)", "documents × seeds", "p", "here"]
     return {
         "claims": markdown(header, claims_table(results)),
+        "thresholds": markdown(*thresholds_table(results["claims"])),
         "recovered": markdown(["recipe", *columns], recovered_table(methods, recipes)),
     }
 
 
+def write_page(found: dict[str, str]) -> None:
+    """Put each table between its markers."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in found.items():
+        pattern = f"(<!-- {name}:begin -->).*?(<!-- {name}:end -->)"
+        text = re.sub(pattern, lambda at, table=table: f"{at[1]}\n{table}\n{at[2]}", text, count=1, flags=re.DOTALL)
+    PAGE.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
-    """Print the tables."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    """Print the tables, or write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write-docs", action="store_true", help="put the tables into the page")
+    arguments = parser.parse_args()
     results = {name: read_rows(RESULTS / name / "results.parquet") for name in ("methods", "claims")}
-    print("\n\n".join(tables(results).values()))
+    found = tables(results)
+    if arguments.write_docs:
+        write_page(found)
+    else:
+        print("\n\n".join(found.values()))
 
 
 if __name__ == "__main__":

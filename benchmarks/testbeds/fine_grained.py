@@ -1,6 +1,6 @@
 """Train a testbed of many small experts from scratch: Qwen2-MoE or DeepSeek-V2 layers, with shared experts.
 
-    python -m benchmarks.testbeds.fine_grained qwen2-moe --tokens 8e6 --work-dir WORK --out OUT
+    python -m benchmarks.testbeds.fine_grained qwen2-moe --tokens 7e6 --work-dir WORK --out OUT
 
 Unlike the Mixtral testbed there is no dense phase: the experts have no common ancestor. Data, tokenizer, optimizer and
 the losses on routing are those of `benchmarks.testbeds.mixtral`; the schedule follows the tokens, and the same command
@@ -179,7 +179,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("testbed", choices=list(TESTBEDS))
     add = parser.add_argument
-    add("--tokens", type=float, default=8e6, help="budget")
+    add("--tokens", type=float, default=7e6, help="budget")
     add("--work-dir", type=Path, required=True, help="folder for the token cache and what is needed to go on")
     add("--out", type=Path, required=True, help="folder for model/, curve.jsonl and routing.md")
     add("--corpus", type=Path, default=HERE / "corpus", help="folder of *.txt.xz files")

@@ -119,9 +119,9 @@ def _without(
         least = int(found.argmin())
         stays[some[least]] = False
         # The inverse and the solution of what is left, by a block of the one with it.
-        column, pivot = inverse[:, least].clone(), diagonal[least].clone()
-        weights = weights - column[:, None] * (weights[least] / pivot)
-        inverse = inverse - column[:, None] * (column / pivot)
+        column, share = inverse[:, least].clone(), inverse[:, least] / diagonal[least]
+        weights.addr_(share, weights[least].clone(), alpha=-1)
+        inverse.addr_(share, column, alpha=-1)
         inverse[least, least] = 1.0  # gone: never looked at again
     return stays.nonzero().flatten()
 
