@@ -17,7 +17,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraint
 
 help:
 	@echo "make demo            compress the bundled model with every recipe and print the results side by side"
-	@echo "make bench-quick     compare the main methods on the bundled model (ten minutes), with a report to look at"
+	@echo "make bench-quick     compare the main methods on two bundled models (ten minutes), with a report to look at"
 	@echo "make bench           train and carve the other testbeds where they are not there, and compare everything on all (hours)"
 	@echo "make test            lint, then all tests but the slow ones, on a dozen model families"
 	@echo "make test-all        the same for every model family (half an hour)"
@@ -61,7 +61,7 @@ bench: $(VENV)/.bench benchmarks/testbeds/qwen2_moe/routing.md benchmarks/testbe
 	$(COMPARE) benchmarks/comparisons/claims.yaml --out benchmarks/results/claims
 	$(COMPARE) benchmarks/comparisons/smol.yaml --out benchmarks/results/smol
 	$(BIN)/python benchmarks/fit_profile.py
-	$(BIN)/python benchmarks/claims.py
+	$(BIN)/python benchmarks/claims.py --write-docs
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not clients and not families" -n $(WORKERS)
