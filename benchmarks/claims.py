@@ -9,7 +9,6 @@ docs/explanation/does-dern-work.md; with --write-docs it puts them there, betwee
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,32 +77,29 @@ def pairs(rows: Sequence[Row], recipe: str, against: str) -> list[Comparison]:
 
 
 def verdict(found: Comparison, p: float) -> str:
-    """In the words of the issue that is settled: a claim says that the difference is below 0."""
+    """A claim says that the difference is below 0."""
     if max(abs(found.difference.low), abs(found.difference.high)) < IDENTICAL:
-        return "not confirmed: the same model, nothing moves"
+        return "the same"
     if p >= 0.05:
         return "not confirmed"
     return "**confirmed**" if found.difference.estimate < 0 else "**contradicted**"
 
 
-def claims_table(results: dict[str, list[Row]]) -> list[list[str]]:
-    """A row for each claim, model and ratio; p-values are adjusted over the whole table (Holm)."""
+def claims_table(results: dict[str, list[Row]], comparison: str) -> tuple[list[str], list[list[str]]]:
+    """A row a claim, a column a model and ratio; p-values are adjusted over the claims of all tables (Holm)."""
     found = [
         (claim, each) for claim in CLAIMS for each in pairs(results[claim.comparison], claim.recipe, claim.against)
     ]
     adjusted = holm([each.p for _, each in found])
-    return [
-        [
-            claim.says,
-            each.model,
-            dropped(each.keep).split()[0],
-            interval(each.difference, "+.4f"),
-            f"{each.documents} × {each.seeds}",
-            f"{p:.3g}",
-            verdict(each, p),
-        ]
-        for (claim, each), p in zip(found, adjusted, strict=True)
-    ]
+    cells: dict[str, dict[str, str]] = {}
+    counts: dict[str, str] = {}
+    for (claim, each), p in zip(found, adjusted, strict=True):
+        if claim.comparison == comparison:
+            column = f"{each.model}, {dropped(each.keep)}"
+            cells.setdefault(claim.says, {})[column] = f"{verdict(each, p)}: {interval(each.difference, '+.4f')}"
+            counts[column] = f"{each.documents} × {each.seeds}"
+    table = [[says, *(row.get(column, "-") for column in counts)] for says, row in cells.items()]
+    return ["claim", *counts], [*table, ["windows × seeds", *counts.values()]]
 
 
 def recovered_table(rows: Sequence[Row], recipes: Sequence[str]) -> list[list[str]]:
@@ -161,9 +157,9 @@ def tables(results: dict[str, list[Row]]) -> dict[str, str]:
     methods = results["methods"]
     recipes = list(dict.fromkeys(row.recipe for row in methods if row.recipe not in (ORIGINAL, BASELINE)))
     columns = [f"{model}, {dropped(keep)}" for model, keep, _ in blocks(methods, BASELINE)]
-    header = ["claim", "model", "dropped", "difference in bits per byte (95%)", "documents × seeds", "p", "here"]
     return {
-        "claims": markdown(header, claims_table(results)),
+        "methods": markdown(*claims_table(results, "methods")),
+        "choices": markdown(*claims_table(results, "claims")),
         "thresholds": markdown(*thresholds_table(results["claims"])),
         "recovered": markdown(["recipe", *columns], recovered_table(methods, recipes)),
     }
@@ -173,8 +169,9 @@ def write_page(found: dict[str, str]) -> None:
     """Put each table between its markers."""
     text = PAGE.read_text(encoding="utf-8")
     for name, table in found.items():
-        pattern = f"(<!-- {name}:begin -->).*?(<!-- {name}:end -->)"
-        text = re.sub(pattern, lambda at, table=table: f"{at[1]}\n{table}\n{at[2]}", text, count=1, flags=re.DOTALL)
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
     PAGE.write_text(text, encoding="utf-8")
 
 
