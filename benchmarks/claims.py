@@ -47,13 +47,15 @@ CLAIMS = (
     Claim("A threshold of 0.6 beats 0.8", "claims", "dern", "dern/threshold-0.8"),
     Claim("A threshold of 0.6 beats 1, where nothing moves", "claims", "dern", "prune-gate-mass"),
     Claim("Similarity is better without the gate", "claims", "dern", "dern/gate"),
-    Claim("… when 30% of the segments move", "claims", "moved", "moved/gate"),
-    Claim("Centroids from the gate beat random ones", "claims", "dern", "dern/random-init"),
-    Claim("… when 30% of the segments move", "claims", "moved", "moved/random-init"),
+    Claim("… with 30% of the segments moved (gate)", "claims", "moved", "moved/gate"),
+    Claim("Centroids from the largest gate rows beat random ones", "claims", "dern", "dern/random-init"),
+    Claim("… with 30% of the segments moved (random)", "claims", "moved", "moved/random-init"),
+    Claim("They beat the kept expert's own neurons", "claims", "dern", "dern/own-init"),
+    Claim("… with 30% of the segments moved (own)", "claims", "moved", "moved/own-init"),
     Claim("Weights by score beat equal weights", "claims", "dern", "dern/uniform-weights"),
-    Claim("… when 30% of the segments move", "claims", "moved", "moved/uniform-weights"),
+    Claim("… with 30% of the segments moved (weights)", "claims", "moved", "moved/uniform-weights"),
     Claim("Adding router rows beats leaving them", "claims", "dern", "dern/slice"),
-    Claim("… when 30% of the segments move", "claims", "moved", "moved/slice"),
+    Claim("… with 30% of the segments moved (rows)", "claims", "moved", "moved/slice"),
 )
 
 
