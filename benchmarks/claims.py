@@ -104,14 +104,14 @@ def claims_table(results: dict[str, list[Row]], comparison: str) -> tuple[list[s
     return ["claim", *counts], [*table, ["windows × seeds", *counts.values()]]
 
 
-def recovered_table(rows: Sequence[Row], recipes: Sequence[str]) -> list[list[str]]:
+def recovered_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """How much of the damage of frequency pruning each recipe takes back, a column a model and ratio."""
     columns = list(blocks(rows, BASELINE))
     table = []
-    for recipe in recipes:
+    for recipe in dict.fromkeys(row.recipe for row in rows if row.recipe not in (ORIGINAL, BASELINE)):
         shares = {(each.model, each.keep, each.calibration): each.recovered for each in pairs(rows, recipe, BASELINE)}
         table.append([recipe, *(interval(shares.get(block), ".0%") for block in columns)])
-    return table
+    return ["recipe", *(f"{model}, {dropped(keep)}" for model, keep, _ in columns)], table
 
 
 THRESHOLDS = {"0": "dern/threshold-0.0", "0.2": "dern/threshold-0.2", "0.4": "dern/threshold-0.4", "0.6": "dern"}
@@ -156,14 +156,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def tables(results: dict[str, list[Row]]) -> dict[str, str]:
     """Name of a place in the page -> what goes there."""
-    methods = results["methods"]
-    recipes = list(dict.fromkeys(row.recipe for row in methods if row.recipe not in (ORIGINAL, BASELINE)))
-    columns = [f"{model}, {dropped(keep)}" for model, keep, _ in blocks(methods, BASELINE)]
     return {
         "methods": markdown(*claims_table(results, "methods")),
         "choices": markdown(*claims_table(results, "claims")),
         "thresholds": markdown(*thresholds_table(results["claims"])),
-        "recovered": markdown(["recipe", *columns], recovered_table(methods, recipes)),
+        "recovered": markdown(*recovered_table(results["methods"])),
+        "smol": markdown(*recovered_table(results["smol"])),
     }
 
 
@@ -182,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write-docs", action="store_true", help="put the tables into the page")
     arguments = parser.parse_args()
-    results = {name: read_rows(RESULTS / name / "results.parquet") for name in ("methods", "claims")}
+    results = {name: read_rows(RESULTS / name / "results.parquet") for name in ("methods", "claims", "smol")}
     found = tables(results)
     if arguments.write_docs:
         write_page(found)

@@ -1,6 +1,6 @@
 """What carving SmolLM2 into experts costs on the tasks of the DERN paper: dense, carved, and a random model.
 
-    python benchmarks/smol_tasks.py --dense DIR --smol DIR --tasks DIR [--limit 100]
+    python benchmarks/smol_tasks.py --dense DIR --smol DIR --tasks DIR [--limit 40]
 
 DIRs: of `python -m benchmarks.testbeds.smol.dense`, of `python -m benchmarks.testbeds.smol`, and of
 `dernkit tasks prepare`. Runs lm-eval's tasks without examples in the prompt, and writes
@@ -114,7 +114,7 @@ def main() -> None:
     add("--dense", type=Path, required=True)
     add("--smol", type=Path, required=True)
     add("--tasks", type=Path, required=True)
-    add("--limit", type=int, default=100, help="documents of a task")
+    add("--limit", type=int, default=40, help="documents of a task")
     add("--batch-size", type=int, default=8)
     args = parser.parse_args()
     names = tuple(f"{task}_local" for task in CHANCE)
