@@ -12,7 +12,7 @@ from pathlib import Path
 from dernkit.artifacts import exclusive, fresh
 from dernkit.compare.bench import Bench
 from dernkit.compare.cells import Cell, Growth, Task, tasks
-from dernkit.compare.work import CELLS, GROWTHS, PARTIAL, STATISTICS, TIMINGS, Places, start
+from dernkit.compare.work import CELLS, GROWTHS, PARTIAL, RESULTS, STATISTICS, TIMINGS, Places, start
 from dernkit.compare.workers import Work, run_tasks
 from dernkit.errors import CheckpointError, RecipeError
 from dernkit.progress import Progress
@@ -87,7 +87,8 @@ class Comparison:
     def _check_out(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise CheckpointError(f"--out: must be a directory. Got the file '{self.out}' instead.")
-        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / _LOCK).exists():
+        known = any((self.out / name).exists() for name in (_LOCK, RESULTS))  # a repository may hold results alone
+        if self.out.is_dir() and any(self.out.iterdir()) and not known:
             raise CheckpointError(
                 f"--out: must be empty, new, or an earlier comparison. Got '{self.out}', which holds other files, "
                 f"instead. Choose another directory."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,16 @@ def test_more_processes_change_no_byte_of_the_results(comparing: Comparing, regi
     comparing.compare(registry)
     expected, comparing.out = comparing.results(), comparing.root / "parallel"
     comparing.compare(registry, jobs=2)
+    assert comparing.results() == expected
+
+
+def test_results_that_were_kept_without_their_cells_are_made_again(comparing: Comparing, registry: Registry) -> None:
+    comparing.compare(registry)
+    expected = comparing.results()
+    for path in comparing.out.iterdir():
+        if path.name != "results.parquet":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    comparing.compare(registry)
     assert comparing.results() == expected
 
 
