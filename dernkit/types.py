@@ -168,12 +168,13 @@ STATISTICS: Mapping[str, str] = {
     "output_sq_sum": "[E] sum of ||E_e(x)||_2^2 over routed tokens",
     "reap_sum": "[E] sum of the norm of what the expert adds, coefficient * ||E_e(x)||_2, over routed tokens",
     "output_sum": "[E, H] sum of E_e(x) over routed tokens",
-    "sample": "[n, H] seeded reservoir of the experts' inputs, with its keys in `sample_key` [n]; `router_inputs` are "
-    "the same tokens as the router sees them",
+    "sample": "[n, H] seeded reservoir of the experts' inputs, with its keys in `sample_key` [n] and, in "
+    "`sample_token` [n], the tokens' indices in the calibration text; `router_inputs` are the same tokens as the "
+    "router sees them",
 }
 """Statistics that a component may name in ``requires``; `tokens` is always there. Sums are float64."""
 
-SAMPLED = frozenset({"sample", "sample_key", "router_sample"})
+SAMPLED = frozenset({"sample", "sample_key", "sample_token", "router_sample"})
 """What a reservoir holds; ``router_sample`` is there only where the router sees something else than the experts."""
 
 
@@ -208,7 +209,7 @@ class LayerStats:
 
     def only(self, names: frozenset[str]) -> LayerStats:
         """The same statistics restricted to ``names``: what a component that declares them may see."""
-        allowed = names | ({"sample_key", "router_sample"} if "sample" in names else frozenset())
+        allowed = names | (SAMPLED if "sample" in names else frozenset())
         kept = {name: value for name, value in self.values.items() if name in allowed}
         return LayerStats(self.tokens, kept, self.sample_size)
 

@@ -7,12 +7,13 @@ from typing import Annotated, ClassVar, final
 
 import torch
 from annotated_types import Interval
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
 from dernkit.api import Assignment, ExpertBank, LayerStats, Retention, hookimpl
 from dernkit.builtin.refits import refuse_unfittable
-from dernkit.kernel.function_space import features, normal_equations, penalty, saliency, select, solve, turns
+from dernkit.kernel.function_space import features, saliency, select, turns
+from dernkit.kernel.least_squares import Equations, by_part, parts
 from dernkit.kernel.outputs import layer_output
 from dernkit.kernel.segments import finite_segments
 
@@ -24,8 +25,9 @@ class FunctionSpace:
 
     Expert after expert, those with most weight first: the target is what the layer gave less what the other kept
     experts give now; of the pool's neurons those of least optimal-brain-surgeon saliency go. A neuron may go to several
-    experts, own ones may be left behind. Use it with the merge `adopt`; the refit `least-squares` then finds the down
-    projections.
+    experts, own ones may be left behind. An expert stays as it is where neurons that were chosen on most of the text do
+    no better on the rest of it than its own. Use it with the merge `adopt`; the refit `least-squares` then finds the
+    down projections.
     """
 
     name: ClassVar[str] = "function-space"
@@ -38,6 +40,9 @@ class FunctionSpace:
     """In how many steps neurons go; after each the others are judged again."""
     pool: Annotated[float, Interval(gt=1, le=1000)] = 8.0
     """At most so many times an expert's width are looked at: its own neurons, and dropped ones with most output."""
+    parts: Annotated[int, Interval(ge=1, le=100)] = 4
+    """Into how many parts the calibration text is cut, of which the last is left out to see whether an expert gains; 1:
+    none is, and every expert gets the neurons that are chosen."""
     tokens: Annotated[int, Interval(ge=1, le=16_777_216)] | None = None
     """At most so many of the sampled inputs; null: all."""
 
@@ -47,13 +52,15 @@ class FunctionSpace:
         refuse_unfittable(bank, f"assigner '{self.name}', layer {bank.dims.layer}")
         assert bank.route is not None
         inputs, seen = stats["sample"][: self.tokens].to(torch.float32), stats.router_inputs[: self.tokens]
+        last = parts(stats, self.parts)[: self.tokens] == self.parts - 1
         routing = bank.route(seen, retention.kept)
         residual = layer_output(bank, inputs, bank.route(seen)) - layer_output(bank, inputs, routing)
         dropped = torch.cat([finite_segments(bank, expert) for expert in retention.dropped])
         origin = torch.cat([_numbers(bank, expert) for expert in retention.dropped])
         choices = []
         for expert, rows, coefficients in turns(routing, retention.kept.tolist()):
-            choice = _Task(bank, expert, inputs[rows], coefficients, residual[rows]).choose(dropped, self)
+            task = _Task(bank, expert, inputs[rows], coefficients, residual[rows], last[rows])
+            choice = task.choose(dropped, self)
             residual[rows] = choice.residual
             choices.append((retention.kept.tolist().index(expert), expert, choice))
         return _assignment(bank, origin, sorted(choices, key=lambda choice: choice[0]))
@@ -80,6 +87,8 @@ class _Task:
     inputs: Float32[Tensor, "tokens hidden"]
     coefficients: Float32[Tensor, " tokens"]
     residual: Float32[Tensor, "tokens hidden"]
+    last: Bool[Tensor, " tokens"]
+    """Which tokens are of the part that is left out."""
 
     def choose(self, dropped: Float32[Tensor, "candidates parts features"], how: FunctionSpace) -> _Choice:
         width = self.bank.dims.width
@@ -88,20 +97,19 @@ class _Task:
         target = self.residual + hidden @ own[:, -1, : self.residual.shape[1]]
         places = self._strongest(dropped, round((how.pool - 1) * width))
         pool = torch.cat([hidden, features(self.bank, dropped[places], self.inputs, self.coefficients)], dim=1)
-        gram, right = normal_equations(pool, target)
-        damping = penalty(gram, how.ridge)
-        chosen, found = select(gram, right, damping, width, how.rounds)
-        if int(chosen[0]) >= width:  # an expert keeps one neuron of its own at least: the most active one
-            chosen = torch.cat([gram.diagonal()[:width].argmax()[None], chosen[found.argsort()[1:]].sort().values])
-            found = saliency(gram[chosen][:, chosen], right[chosen], damping)
-        down = solve(gram[chosen][:, chosen], right[chosen], damping)
+        first, rest = by_part(pool, target, self.last.to(torch.int64), 2)
+        whole = first + rest
+        chosen, found = _best(whole, width, how)
+        if how.parts > 1 and not _gains(first, rest, width, how):
+            chosen = torch.arange(width)
+            found = saliency(whole.of(chosen), whole.damping(how.ridge))
+        down = whole.of(chosen).solve(whole.damping(how.ridge))
         is_own = chosen < width
-        energy = float(target.square().sum(dtype=torch.float64)) or 1.0
         return _Choice(
             own=chosen[is_own],
             arrivals=places[chosen[~is_own] - width],
-            saliency=found[~is_own] / energy,
-            partner=_partners(gram, chosen[is_own], chosen[~is_own]),
+            saliency=found[~is_own] / (whole.energy or 1.0),
+            partner=_partners(whole.gram, chosen[is_own], chosen[~is_own]),
             residual=target - pool[:, chosen] @ down.to(torch.float32),
         )
 
@@ -117,6 +125,29 @@ class _Task:
             ]
         )
         return output.argsort(descending=True, stable=True)[:most].sort().values
+
+
+def _best(
+    pool: Equations, width: int, how: FunctionSpace
+) -> tuple[Int64[Tensor, " chosen"], Float64[Tensor, " chosen"]]:
+    """Neurons that stay, ascending, and their saliency; the first ``width`` are the expert's own, and one stays."""
+    damping = pool.damping(how.ridge)
+    chosen, found = select(pool, damping, width, how.rounds)
+    if int(chosen[0]) >= width:
+        most_active = pool.gram.diagonal()[:width].argmax()[None]
+        chosen = torch.cat([most_active, chosen[found.argsort()[1:]].sort().values])
+        found = saliency(pool.of(chosen), damping)
+    return chosen, found
+
+
+def _gains(first: Equations, rest: Equations, width: int, how: FunctionSpace) -> bool:
+    """Whether neurons that are chosen and solved on the one part of the text do better than own ones on the other."""
+    damping = first.damping(how.ridge)
+    errors = [
+        rest.of(chosen).error(first.of(chosen).solve(damping))
+        for chosen in (_best(first, width, how)[0], torch.arange(width))
+    ]
+    return errors[0] < errors[1]
 
 
 def _partners(

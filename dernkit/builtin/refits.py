@@ -11,8 +11,12 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from dernkit.api import CheckpointError, ExpertBank, LayerPlan, LayerStats, hookimpl
-from dernkit.kernel.function_space import features, normal_equations, penalty, solve, turns
+from dernkit.kernel.function_space import features, turns
+from dernkit.kernel.least_squares import by_part, chosen_ridge, parts
 from dernkit.kernel.outputs import layer_output
+
+RIDGES = (0.001, 0.01, 0.1, 1.0)
+"""What λ is chosen from, relative to the mean of the Gram matrix' diagonal."""
 
 
 @final
@@ -21,14 +25,18 @@ class LeastSquares:
     """``min Σ_x ‖Y(x) − Σ_r g_r(x) D_r φ_r(x)‖² + Σ_r λ_r ‖D_r − D_r⁰‖²`` over the down projections D_r, one by one.
 
     Y is what the routed experts gave before, D⁰ the projections that surgery left. The error on the sampled inputs
-    never rises. Gate rows, up rows, biases and the router stay.
+    never rises. Gate rows, up rows, biases and the router stay. Each expert's λ is the one that does best on parts of
+    the text that are left out in turn; an expert that no λ makes better on them stays as it is.
     """
 
     name: ClassVar[str] = "least-squares"
     requires: ClassVar[frozenset[str]] = frozenset({"sample"})
 
-    ridge: Annotated[float, Interval(ge=1e-8, le=1e6)] = 0.01
-    """λ_r relative to the mean of the diagonal of expert r's Gram matrix: larger keeps the projections nearer."""
+    ridge: Annotated[float, Interval(ge=1e-8, le=1e6)] | None = None
+    """λ_r relative to the mean of the diagonal of expert r's Gram matrix: larger keeps the projections nearer; null:
+    chosen from 0.001, 0.01, 0.1 and 1."""
+    parts: Annotated[int, Interval(ge=2, le=100)] = 4
+    """Parts of the calibration text that are left out in turn to choose λ."""
     passes: Annotated[int, Interval(ge=1, le=100)] = 3
     """How often each expert has its turn."""
     tokens: Annotated[int, Interval(ge=1, le=16_777_216)] | None = None
@@ -40,18 +48,25 @@ class LeastSquares:
         refuse_unfittable(bank, f"refit '{self.name}', layer {plan.layer}")
         assert bank.route is not None and after.route is not None
         inputs, seen = stats["sample"][: self.tokens].to(torch.float32), stats.router_inputs[: self.tokens]
+        part = parts(stats, self.parts)[: self.tokens]
         routing = after.route(seen)
         residual = layer_output(bank, inputs, bank.route(seen)) - layer_output(after, inputs, routing)
         change = torch.zeros(after.down.transpose(1, 2).shape, dtype=torch.float64)
+        ridges: dict[int, float | None] = {}
         for _ in range(self.passes):
             for expert, rows, coefficients in turns(routing, range(len(change))):
                 hidden = features(after, after.segments(expert), inputs[rows], coefficients)
                 # What D⁰ gives is not wanted again: the penalty is on the change.
                 wanted = residual[rows] + hidden @ change[expert].to(torch.float32)
-                gram, right = normal_equations(hidden, wanted)
-                better = solve(gram, right, penalty(gram, self.ridge))
-                residual[rows] = wanted - hidden @ better.to(torch.float32)
-                change[expert] = better
+                found = by_part(hidden, wanted, part[rows], self.parts)
+                if expert not in ridges:  # later passes go on with it, so that every turn lowers the same objective
+                    ridges[expert] = self.ridge or chosen_ridge(found, RIDGES)
+                ridge = ridges[expert]
+                if ridge is None:
+                    continue
+                whole = sum(found[1:], found[0])
+                change[expert] = whole.solve(whole.damping(ridge))
+                residual[rows] = wanted - hidden @ change[expert].to(torch.float32)
         return (after.down.to(torch.float64) + change.transpose(1, 2)).to(torch.float32)
 
 

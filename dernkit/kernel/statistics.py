@@ -105,7 +105,8 @@ class Accumulator:
                 self._sums[name][expert] += value
 
     def _sample(self, inputs: Tensor, router_inputs: Tensor | None) -> None:
-        rows = {"sample_key": sample_keys(self._seed, self._next, len(inputs)), "sample": inputs}
+        token = torch.arange(self._next, self._next + len(inputs))
+        rows = {"sample_key": sample_keys(self._seed, token), "sample_token": token, "sample": inputs}
         if router_inputs is not None:
             rows["router_sample"] = router_inputs
         if self._reservoir:
@@ -128,13 +129,13 @@ def _per_expert(chosen: Int64[Tensor, "n top_k"], values: Tensor, experts: int) 
     return sums.index_add_(0, chosen.reshape(-1), values.reshape(-1))[:experts]
 
 
-def sample_keys(seed: int, first: int, count: int) -> Int64[Tensor, " n"]:
-    """Keys of the tokens ``first … first + count - 1``; the reservoir keeps the smallest (bottom-k sampling).
+def sample_keys(seed: int, token: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+    """Keys of tokens by their index in the stream; the reservoir keeps the smallest (bottom-k sampling).
 
     splitmix64 of (seed, token index), computed with int64 wrap-around, so that a token's key depends on nothing else:
     reservoirs of two parts of a stream can be joined, and all layers sample the same tokens.
     """
-    x = torch.arange(first + 1, first + count + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15)
+    x = (token + 1) * _signed(0x9E3779B97F4A7C15)
     x = x + _signed((seed * 0xD1342543DE82EF95 + 0x2545F4914F6CDD1D) % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _unsigned_shift(x, shift)) * _signed(factor)

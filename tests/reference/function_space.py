@@ -33,6 +33,22 @@ def gram_and_right(hidden: list[list[float]], wanted: list[list[float]]) -> tupl
     return gram, right
 
 
+def left_out_errors(hidden: Tensor, wanted: Tensor, part: list[int], ridges: Sequence[float]) -> dict[float, float]:
+    """By ridge: the squared error on each part of what was solved on the others, with one λ for all of them."""
+    h, y = hidden.double(), wanted.double()
+    mean = float(h.square().sum(0).mean())
+    errors = {}
+    for ridge in ridges:
+        errors[ridge] = 0.0
+        for left_out in set(part):
+            inside = torch.tensor([number != left_out for number in part])
+            rows = torch.cat([h[inside], (ridge * mean) ** 0.5 * torch.eye(h.shape[1], dtype=torch.float64)])
+            target = torch.cat([y[inside], torch.zeros(h.shape[1], y.shape[1], dtype=torch.float64)])
+            weights = torch.linalg.lstsq(rows, target).solution
+            errors[ridge] += float((h[~inside] @ weights - y[~inside]).square().sum())
+    return errors
+
+
 def damped_error(gram: Tensor, right: Tensor, damping: float, chosen: Sequence[int]) -> float:
     """``min_D Σ_t ‖y − D h‖² + λ ‖D‖²`` over the chosen neurons, less ``Σ ‖y‖²``."""
     some = list(chosen)

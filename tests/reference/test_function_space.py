@@ -15,8 +15,9 @@ from dernkit.errors import CheckpointError
 from dernkit.kernel import calls
 from dernkit.kernel.after import after_surgery
 from dernkit.kernel.compress import compress_layer
-from dernkit.kernel.function_space import features, normal_equations, penalty, saliency, select, turns
+from dernkit.kernel.function_space import features, saliency, select, turns
 from dernkit.kernel.layer_error import layer_error
+from dernkit.kernel.least_squares import by_part, chosen_ridge, equations, parts
 from dernkit.testing.banks import copy_expert, random_bank, retained
 from dernkit.testing.cases import statistics
 from dernkit.types import ExpertBank, LayerPlan, LayerStats
@@ -28,6 +29,12 @@ KEPT = [0, 2]
 def layer(**options: object) -> tuple[ExpertBank, LayerStats]:
     bank = random_bank(4, 5, 4, **options)  # type: ignore[arg-type]
     return bank, statistics(bank)
+
+
+def first(stats: LayerStats, count: int) -> LayerStats:
+    """With the beginning of the sample only."""
+    few = {name: value[:count] if name.startswith("sample") else value for name, value in stats.values.items()}
+    return replace(stats, values=few)
 
 
 def plan_with(bank: ExpertBank, stats: LayerStats, how: FunctionSpace) -> LayerPlan:
@@ -55,39 +62,69 @@ def test_features_and_their_gram_matrix(options: dict[str, bool]) -> None:
         for row, c in zip(rows.tolist(), coefficients, strict=True)
     ]
     torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-5)
-    for got, right in zip(
-        normal_equations(found, wanted), reference.gram_and_right(expected, wanted.tolist()), strict=True
-    ):
-        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+    got = equations(found, wanted)
+    gram, right = reference.gram_and_right(expected, wanted.tolist())
+    torch.testing.assert_close(got.gram, gram, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.right, right, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 5])
 def test_saliency_is_what_the_error_rises_by_and_selection_follows_it(rounds: int) -> None:
     rng = torch.Generator().manual_seed(rounds)
     hidden, wanted = torch.randn(40, 11, generator=rng), torch.randn(40, 3, generator=rng)
-    gram, right = normal_equations(hidden, wanted)
-    damping = penalty(gram, 0.01)
+    whole = equations(hidden, wanted)
+    gram, right, damping = whole.gram, whole.right, whole.damping(0.01)
     expected = torch.tensor(reference.saliencies(gram, right, damping, range(11)), dtype=torch.float64)
-    torch.testing.assert_close(saliency(gram, right, damping), expected, rtol=1e-8, atol=1e-8)
-    chosen, found = select(gram, right, damping, 4, rounds)
+    torch.testing.assert_close(saliency(whole, damping), expected, rtol=1e-8, atol=1e-8)
+    chosen, found = select(whole, damping, 4, rounds)
     assert chosen.tolist() == reference.eliminate(gram, right, damping, 4, rounds)
     torch.testing.assert_close(
         found, torch.tensor(reference.saliencies(gram, right, damping, chosen.tolist()), dtype=torch.float64)
     )
 
 
+@pytest.mark.parametrize("noise", [0.1, 3.0, 100.0])
+def test_the_ridge_is_the_one_that_does_best_on_what_is_left_out(noise: float) -> None:
+    rng = torch.Generator().manual_seed(int(noise))
+    hidden, part = torch.randn(60, 7, generator=rng), torch.randint(3, (60,), generator=rng)
+    wanted = hidden @ torch.randn(7, 2, generator=rng) + noise * torch.randn(60, 2, generator=rng)
+    ridges = (0.001, 0.1, 1.0, 10.0)
+    errors = reference.left_out_errors(hidden, wanted, part.tolist(), ridges)
+    best = min(errors, key=lambda ridge: errors[ridge])
+    none = float(wanted.double().square().sum())
+    assert chosen_ridge(by_part(hidden, wanted, part, 3), ridges) == (best if errors[best] < none else None)
+
+
+def test_parts_are_consecutive_text() -> None:
+    stats = LayerStats(10, {"sample": torch.zeros(4, 2), "sample_token": torch.tensor([9, 0, 4, 5])})
+    assert parts(stats, 2).tolist() == [1, 0, 0, 1]
+    assert parts(stats, 5).tolist() == [4, 0, 2, 2]
+
+
+def test_what_gains_nothing_on_other_text_stays_as_it_is() -> None:
+    """The first half of the text is one token over and over: what is chosen on it is good for nothing else."""
+    moved = {1: 0, 2: 0}
+    for seed in range(6):
+        bank, stats = layer(seed=seed)
+        sample = torch.cat([stats["sample"][:1].expand(10, -1), stats["sample"][10:20]])
+        both = {"sample": sample, "sample_key": torch.arange(20), "sample_token": torch.arange(20)}
+        for halves in moved:
+            moved[halves] += len(plan_with(bank, LayerStats(20, both), FunctionSpace(parts=halves)).assignment)
+    assert moved[2] < moved[1]
+
+
 def test_the_refit_is_where_no_change_of_a_projection_lowers_its_objective() -> None:
     bank, stats = layer()
-    stats = replace(stats, values={**stats.values, "sample": stats["sample"][:20]})
+    stats = first(stats, 20)
     plan = plan_with(bank, stats, FunctionSpace())
     made = compress_layer(bank, plan, Adopt(), Slice(), bank.dims.width, 0, stats)
     after = after_surgery(made, bank, plan.kept)
     assert bank.route is not None and after.route is not None
     before, now = bank.route(stats.router_inputs), after.route(stats.router_inputs)
-    down = LeastSquares(passes=60).refit(bank, after, plan, stats)
+    down = LeastSquares(ridge=0.01, passes=60).refit(bank, after, plan, stats)
 
     def objective(projections: torch.Tensor) -> float:
-        return reference.objective(bank, after, stats["sample"], before, now, projections, LeastSquares().ridge)
+        return reference.objective(bank, after, stats["sample"], before, now, projections, 0.01)
 
     best = objective(down)
     assert best < objective(after.down)
@@ -100,7 +137,7 @@ def test_the_refit_is_where_no_change_of_a_projection_lowers_its_objective() -> 
 def test_with_room_for_the_whole_pool_the_layer_gives_what_it_gave() -> None:
     """With fewer tokens than neurons: the pool of one expert cannot be several experts for all tokens there are."""
     bank, stats = layer(top_k=1)
-    stats = replace(stats, values={**stats.values, "sample": stats["sample"][:10]})
+    stats = first(stats, 10)
     everything = replace(plan_with(bank, stats, FunctionSpace()).assignment, left=torch.empty(0, dtype=torch.int64))
     source = torch.cat([torch.arange(5) + 5, torch.arange(5) + 15]).repeat(2)
     moves = replace(
@@ -125,11 +162,11 @@ def test_a_dropped_copy_costs_nothing() -> None:
     assert error(bank, stats, plan, LeastSquares(ridge=1e-8), 5) < 1e-8
 
 
-@pytest.mark.parametrize("ridge", [1e-6, 1e-2, 10.0])
-def test_a_refit_never_raises_the_error(ridge: float) -> None:
+@pytest.mark.parametrize("ridge", [None, 1e-6, 1e-2, 10.0])
+def test_a_refit_never_raises_the_error(ridge: float | None) -> None:
     for seed in range(6):
         bank, stats = layer(seed=seed)
-        plan = plan_with(bank, stats, FunctionSpace())
+        plan = plan_with(bank, stats, FunctionSpace(parts=1 + seed % 3))
         plain, fitted = (error(bank, stats, plan, refit, 5) for refit in (None, LeastSquares(ridge=ridge)))
         assert fitted <= plain * (1 + 1e-6)
 

@@ -229,7 +229,12 @@ BREAKS = [
     ("assign", "in_range", lambda *_: with_moves(target=torch.tensor([2, 0])), r"2 at \[0\]"),
     ("assign", "in_range", lambda *_: with_moves(partner=torch.tensor([-1, 0])), r"-1 at \[0\]"),
     ("assign", "dtype", lambda *_: with_moves(left=torch.tensor([0.0])), r"float32 \[1\]"),
-    ("assign", "in_range", lambda *_: with_moves(left=torch.tensor([1, 5])), r"segments of kept experts.* Got 5 at \[1\]"),
+    (
+        "assign",
+        "in_range",
+        lambda *_: with_moves(left=torch.tensor([1, 5])),
+        r"segments of kept experts.* Got 5 at \[1\]",
+    ),
     ("assign", "in_range", lambda *_: with_moves(left=torch.tensor([2, 1])), r"ascending.* Got 1 at \[1\]"),
     ("assign", "in_range", lambda *_: with_moves(left=torch.tensor([4])), r"does not leave behind.* Got 4 at \[0\]"),
     ("match", "shape", lambda *_: matched(GOOD_MATCH[0][:, :1]), r"float32 \[5, 1\]"),
