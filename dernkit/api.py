@@ -74,6 +74,8 @@ __all__ = [
     "Source",
     "Subject",
     "hookimpl",
+    "Writer",
+    "Writing",
 ]
 
 hookimpl = pluggy.HookimplMarker("dernkit")
@@ -283,6 +285,35 @@ class Source(Protocol):
         self, tokenizer: Any, sequences: int, length: int, rng: torch.Generator
     ) -> Int64[Tensor, "sequences length"]:
         """Full sequences without padding; raises RecipeError when the source is too short for one."""
+        ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """The model, for sources that have it write."""
+
+    def continued(
+        self, prompts: Int64[Tensor, "sequences prompt"], length: int, choose: Callable[[Tensor], Tensor]
+    ) -> Int64[Tensor, "sequences length"]:
+        """Sequences of ``length`` tokens that begin with ``prompts`` (at least one token each).
+
+        ``choose`` gets the logits [sequences, vocabulary] of each next token in float32 and returns the tokens
+        [sequences], int64. Nothing ends a sequence early.
+        """
+        ...
+
+
+@runtime_checkable
+class Writing(Protocol):
+    """A source for which the model itself writes.
+
+    Not a kind of its own: where a source class has `write` as well, it is called in place of `tokens`.
+    """
+
+    def write(
+        self, model: Writer, tokenizer: Any, sequences: int, length: int, rng: torch.Generator
+    ) -> Int64[Tensor, "sequences length"]:
+        """Full sequences without padding, as `Source.tokens` returns them."""
         ...
 
 

@@ -48,6 +48,7 @@ BUILTINS = (
     "dernkit.builtin.refits",
     "dernkit.builtin.function_space",
     "dernkit.builtin.sources",
+    "dernkit.builtin.self_generated",
     "dernkit.builtin.evaluators",
     "dernkit.builtin.generation",
     "dernkit.builtin.lm_eval",

@@ -342,6 +342,7 @@ def calibration_batches(source: SourceModel, spec: CalibrateSpec, seed: int) -> 
     """Token ids [b, s] that a recipe's statistics are collected on, by the model's own tokenizer."""
     tokenizer = evaluate.load_tokenizer(source.path, trust_remote_code=source.trust_remote_code)
     rng = torch.Generator().manual_seed(seed)
-    tokens = calls.tokens(spec.source, tokenizer, spec.sequences, spec.length, rng)
+    asked = (spec.source, tokenizer, spec.sequences, spec.length, rng)
+    tokens = calls.tokens(*asked, writer=lambda: calibrate.writer_on_disk(source))
     calibrate.check_vocabulary(source, tokens)
     return calibrate.batched(tokens, spec.batch_size)

@@ -19,6 +19,7 @@ from dernkit.models.replay import Loader, replay
 from dernkit.models.rerouting import routes_again
 from dernkit.models.source import SourceModel
 from dernkit.models.stack import Stack, decoder_stack
+from dernkit.models.writing import ModelWriter
 from dernkit.progress import Progress
 from dernkit.types import LayerStats
 
@@ -68,6 +69,19 @@ def calibrate_live(
     collector = Collector(blocks, requires, sample_size=sample_size, seed=seed, first_token=first_token)
     with eager_experts(model):
         return collector.run(decoder_stack(model, blocks), batches, Live(), progress)
+
+
+def writer_on_disk(source: SourceModel) -> ModelWriter:
+    """The model on disk, one decoder layer in memory, to write text with."""
+    store, blocks = source.open()
+    stack = decoder_stack(store.model, blocks)
+    store.load_outside(stack.paths)
+    return ModelWriter(store.model, stack, store)
+
+
+def live_writer(model: Any, blocks: Sequence[Block]) -> ModelWriter:
+    """The same text, bit for bit, from a model that is whole in memory and under `eager_experts`."""
+    return ModelWriter(model, decoder_stack(model, blocks), Live())
 
 
 class Live:
