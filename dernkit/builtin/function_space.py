@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
@@ -22,6 +23,7 @@ from dernkit.kernel.segments import finite_segments
 @dataclass(frozen=True)
 class FunctionSpace:
     """Each kept expert gets the neurons, of its own and all dropped ones, that best rebuild the layer on its tokens.
+    With `width` below 1 experts get narrower too; where none is dropped, that is all that happens.
 
     Expert after expert, those with most weight first: the target is what the layer gave less what the other kept
     experts give now; of the pool's neurons those of least optimal-brain-surgeon saliency go. A neuron may go to several
@@ -43,11 +45,14 @@ class FunctionSpace:
     parts: Annotated[int, Interval(ge=1, le=100)] = 4
     """Into how many parts the calibration text is cut, of which the last is left out to see whether an expert gains; 1:
     none is, and every expert gets the neurons that are chosen."""
+    width: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Share of its neurons that an expert has afterwards, rounded up to a multiple of 8."""
     tokens: Annotated[int, Interval(ge=1, le=16_777_216)] | None = None
     """At most so many of the sampled inputs; null: all."""
 
     def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
-        if not retention.dropped:
+        count = self._count(bank.dims.width)
+        if not retention.dropped and count == bank.dims.width:
             return Assignment.empty()
         refuse_unfittable(bank, f"assigner '{self.name}', layer {bank.dims.layer}")
         assert bank.route is not None
@@ -55,15 +60,17 @@ class FunctionSpace:
         last = parts(stats, self.parts)[: self.tokens] == self.parts - 1
         routing = bank.route(seen, retention.kept)
         residual = layer_output(bank, inputs, bank.route(seen)) - layer_output(bank, inputs, routing)
-        dropped = torch.cat([finite_segments(bank, expert) for expert in retention.dropped])
-        origin = torch.cat([_numbers(bank, expert) for expert in retention.dropped])
-        choices = []
+        dropped = torch.cat([bank.segments(0)[:0], *(finite_segments(bank, expert) for expert in retention.dropped)])
+        choices: dict[int, _Choice] = {}
         for expert, rows, coefficients in turns(routing, retention.kept.tolist()):
             task = _Task(bank, expert, inputs[rows], coefficients, residual[rows], last[rows])
-            choice = task.choose(dropped, self)
-            residual[rows] = choice.residual
-            choices.append((retention.kept.tolist().index(expert), expert, choice))
-        return _assignment(bank, origin, sorted(choices, key=lambda choice: choice[0]))
+            choices[expert], residual[rows] = task.choose(dropped, count, self)
+        idle = {expert: _idle(bank, expert, count) for expert in retention.kept.tolist() if expert not in choices}
+        return _assignment(bank, retention, choices | idle)
+
+    def _count(self, width: int) -> int:
+        """Neurons of an expert afterwards; as many as it has where `width` is 1."""
+        return min(width, -(-round(self.width * width) // 8) * 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,6 @@ class _Choice:
     saliency: Float64[Tensor, " arrivals"]
     """Share of the target's energy."""
     partner: Int64[Tensor, " arrivals"]
-    residual: Float32[Tensor, "tokens hidden"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,10 @@ class _Task:
     last: Bool[Tensor, " tokens"]
     """Which tokens are of the part that is left out."""
 
-    def choose(self, dropped: Float32[Tensor, "candidates parts features"], how: FunctionSpace) -> _Choice:
+    def choose(
+        self, dropped: Float32[Tensor, "candidates parts features"], count: int, how: FunctionSpace
+    ) -> tuple[_Choice, Float32[Tensor, "tokens hidden"]]:
+        """``count`` neurons for the expert, and what is left of ``residual`` when it has them."""
         width = self.bank.dims.width
         own = finite_segments(self.bank, self.expert)
         hidden = features(self.bank, own, self.inputs, self.coefficients)
@@ -99,19 +108,17 @@ class _Task:
         pool = torch.cat([hidden, features(self.bank, dropped[places], self.inputs, self.coefficients)], dim=1)
         first, rest = by_part(pool, target, self.last.to(torch.int64), 2)
         whole = first + rest
-        chosen, found = _best(whole, width, how)
-        if how.parts > 1 and not _gains(first, rest, width, how):
-            chosen = torch.arange(width)
-            found = saliency(whole.of(chosen), whole.damping(how.ridge))
+        gains = len(places) > 0 and (how.parts == 1 or _gains(first, rest, width, count, how))
+        chosen, found = _best(whole if gains else whole.of(torch.arange(width)), width, count, how)
         down = whole.of(chosen).solve(whole.damping(how.ridge))
         is_own = chosen < width
-        return _Choice(
+        choice = _Choice(
             own=chosen[is_own],
             arrivals=places[chosen[~is_own] - width],
             saliency=found[~is_own] / (whole.energy or 1.0),
             partner=_partners(whole.gram, chosen[is_own], chosen[~is_own]),
-            residual=target - pool[:, chosen] @ down.to(torch.float32),
         )
+        return choice, target - pool[:, chosen] @ down.to(torch.float32)
 
     def _strongest(self, dropped: Float32[Tensor, "candidates parts features"], most: int) -> Int64[Tensor, " some"]:
         """The candidates with the most output on these tokens, ascending."""
@@ -128,11 +135,11 @@ class _Task:
 
 
 def _best(
-    pool: Equations, width: int, how: FunctionSpace
+    pool: Equations, width: int, count: int, how: FunctionSpace
 ) -> tuple[Int64[Tensor, " chosen"], Float64[Tensor, " chosen"]]:
-    """Neurons that stay, ascending, and their saliency; the first ``width`` are the expert's own, and one stays."""
+    """``count`` neurons, ascending, and their saliency; the first ``width`` are the expert's own, and one stays."""
     damping = pool.damping(how.ridge)
-    chosen, found = select(pool, damping, width, how.rounds)
+    chosen, found = select(pool, damping, count, how.rounds)
     if int(chosen[0]) >= width:
         most_active = pool.gram.diagonal()[:width].argmax()[None]
         chosen = torch.cat([most_active, chosen[found.argsort()[1:]].sort().values])
@@ -140,14 +147,23 @@ def _best(
     return chosen, found
 
 
-def _gains(first: Equations, rest: Equations, width: int, how: FunctionSpace) -> bool:
-    """Whether neurons that are chosen and solved on the one part of the text do better than own ones on the other."""
+def _gains(first: Equations, rest: Equations, width: int, count: int, how: FunctionSpace) -> bool:
+    """Whether neurons of the pool that are chosen and solved on the one part of the text do better than own ones on the
+    other."""
     damping = first.damping(how.ridge)
-    errors = [
-        rest.of(chosen).error(first.of(chosen).solve(damping))
-        for chosen in (_best(first, width, how)[0], torch.arange(width))
-    ]
+    errors = []
+    for pool in (first, first.of(torch.arange(width))):
+        chosen = _best(pool, width, count, how)[0]
+        errors.append(rest.of(chosen).error(first.of(chosen).solve(damping)))
     return errors[0] < errors[1]
+
+
+def _idle(bank: ExpertBank, expert: int, count: int) -> _Choice:
+    """An expert without tokens keeps its neurons with the largest down columns."""
+    size = finite_segments(bank, expert)[:, -1].norm(dim=1)
+    none = torch.empty(0, dtype=torch.int64)
+    own = size.argsort(descending=True, stable=True)[:count].sort().values
+    return _Choice(own, none, none.to(torch.float64), none)
 
 
 def _partners(
@@ -164,18 +180,17 @@ def _numbers(bank: ExpertBank, expert: int) -> Int64[Tensor, " width"]:
     return expert * bank.dims.width + torch.arange(bank.dims.width)
 
 
-def _assignment(
-    bank: ExpertBank, origin: Int64[Tensor, " candidates"], choices: list[tuple[int, int, _Choice]]
-) -> Assignment:
-    if not choices:
-        return Assignment.empty()
+def _assignment(bank: ExpertBank, retention: Retention, choices: Mapping[int, _Choice]) -> Assignment:
+    """Choices by expert as one record."""
+    origin = torch.cat([_numbers(bank, expert) for expert in [*retention.dropped, *retention.kept.tolist()]])
     neurons = torch.arange(bank.dims.width)
-    gone = [_numbers(bank, expert)[~torch.isin(neurons, each.own)] for _, expert, each in choices]
+    found = [choices[expert] for expert in retention.kept.tolist()]
+    gone = [_numbers(bank, expert)[~torch.isin(neurons, choices[expert].own)] for expert in retention.kept.tolist()]
     return Assignment(
-        source=torch.cat([origin[each.arrivals] for _, _, each in choices]),
-        target=torch.cat([torch.full_like(each.arrivals, position) for position, _, each in choices]),
-        partner=torch.cat([each.partner for _, _, each in choices]),
-        affinity=torch.cat([each.saliency.to(torch.float32) for _, _, each in choices]),
+        source=torch.cat([origin[each.arrivals] for each in found]),
+        target=torch.cat([torch.full_like(each.arrivals, position) for position, each in enumerate(found)]),
+        partner=torch.cat([each.partner for each in found]),
+        affinity=torch.cat([each.saliency.to(torch.float32) for each in found]),
         left=torch.cat(gone),
     )
 

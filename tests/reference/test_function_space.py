@@ -14,7 +14,7 @@ from dernkit.builtin.routers import Slice
 from dernkit.errors import CheckpointError
 from dernkit.kernel import calls
 from dernkit.kernel.after import after_surgery
-from dernkit.kernel.compress import compress_layer
+from dernkit.kernel.compress import compress_layer, target_width
 from dernkit.kernel.function_space import features, saliency, select, turns
 from dernkit.kernel.layer_error import layer_error
 from dernkit.kernel.least_squares import by_part, chosen_ridge, equations, parts
@@ -150,6 +150,39 @@ def test_with_room_for_the_whole_pool_the_layer_gives_what_it_gave() -> None:
     plan = LayerPlan(0, 4, 5, retained(bank, KEPT).scores, torch.tensor(KEPT), moves)
     plain, fitted = (error(bank, stats, plan, refit, 15) for refit in (None, LeastSquares(ridge=1e-8, passes=1)))
     assert fitted < 1e-6 < plain
+
+
+@pytest.mark.parametrize("kept", [[0, 2], [0, 1, 2, 3]])
+def test_experts_get_narrower(kept: list[int]) -> None:
+    bank = random_bank(4, 24, 6, top_k=1)
+    stats = statistics(bank)
+    retention = retained(bank, kept)
+    how = FunctionSpace(width=0.3, parts=1, rounds=3)
+    moves = calls.assign(how, bank, retention, stats)
+    plan = LayerPlan(0, 4, 24, retention.scores, retention.kept, moves)
+    assert plan.pool_sizes() == [8] * len(kept) and target_width([plan], Adopt()) == 8
+    refitted, plain = (error(bank, stats, plan, refit, 8) for refit in (LeastSquares(), None))
+    assert refitted < plain
+    if len(kept) == 4:
+        assert not len(moves)
+        for expert, rows, coefficients in turns(bank.route(stats.router_inputs), kept):  # type: ignore[misc]
+            hidden = features(bank, bank.segments(expert), stats["sample"][rows], coefficients)
+            whole = equations(hidden, hidden @ bank.segments(expert)[:, -1])
+            chosen = reference.eliminate(whole.gram, whole.right, whole.damping(how.ridge), 8, 3)
+            assert plan.stays(expert).tolist() == chosen
+
+
+def test_an_expert_without_tokens_keeps_its_largest_neurons() -> None:
+    bank = random_bank(4, 16, 6, top_k=1)
+    stats = statistics(bank)
+    assert bank.route is not None
+    first_only = bank.route(stats.router_inputs, torch.tensor([0, 2])).chosen[:, 0] == 0
+    seen = {name: value[first_only] for name, value in stats.values.items() if name.startswith("sample")}
+    stats = replace(stats, values={**stats.values, **seen})
+    moves = calls.assign(FunctionSpace(width=0.5), bank, retained(bank, [0, 2]), stats)
+    assert moves.left is not None and 1 not in moves.target
+    largest = sorted(bank.down[2].norm(dim=0).topk(8).indices.tolist())
+    assert [neuron for neuron in range(16) if 32 + neuron not in moves.left.tolist()] == largest
 
 
 def test_a_dropped_copy_costs_nothing() -> None:
