@@ -17,7 +17,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraint
 
 help:
 	@echo "make demo            compress the bundled model with every recipe and print the results side by side"
-	@echo "make bench-quick     compare the main methods on two bundled models (ten minutes), with a report to look at"
+	@echo "make bench-quick     compare the main methods on the bundled Mixtral (ten minutes), with a report to look at"
 	@echo "make bench           train and carve the other testbeds where they are not there, and compare everything on all (hours)"
 	@echo "make test            lint, then all tests but the slow ones, on a dozen model families"
 	@echo "make test-all        the same for every model family (half an hour)"

@@ -9,7 +9,6 @@ docs/explanation/does-dern-work.md; with --write-docs it puts them there, betwee
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +47,15 @@ CLAIMS = (
     Claim("A threshold of 0.6 beats 0.8", "claims", "dern", "dern/threshold-0.8"),
     Claim("A threshold of 0.6 beats 1, where nothing moves", "claims", "dern", "prune-gate-mass"),
     Claim("Similarity is better without the gate", "claims", "dern", "dern/gate"),
-    Claim("… when 30% of the segments move", "claims", "moved", "moved/gate"),
-    Claim("Centroids from the gate beat random ones", "claims", "dern", "dern/random-init"),
-    Claim("… when 30% of the segments move", "claims", "moved", "moved/random-init"),
+    Claim("… with 30% of the segments moved (gate)", "claims", "moved", "moved/gate"),
+    Claim("Centroids from the largest gate rows beat random ones", "claims", "dern", "dern/random-init"),
+    Claim("… with 30% of the segments moved (random)", "claims", "moved", "moved/random-init"),
+    Claim("They beat the kept expert's own neurons", "claims", "dern", "dern/own-init"),
+    Claim("… with 30% of the segments moved (own)", "claims", "moved", "moved/own-init"),
     Claim("Weights by score beat equal weights", "claims", "dern", "dern/uniform-weights"),
-    Claim("… when 30% of the segments move", "claims", "moved", "moved/uniform-weights"),
+    Claim("… with 30% of the segments moved (weights)", "claims", "moved", "moved/uniform-weights"),
     Claim("Adding router rows beats leaving them", "claims", "dern", "dern/slice"),
-    Claim("… when 30% of the segments move", "claims", "moved", "moved/slice"),
+    Claim("… with 30% of the segments moved (rows)", "claims", "moved", "moved/slice"),
 )
 
 
@@ -78,42 +79,39 @@ def pairs(rows: Sequence[Row], recipe: str, against: str) -> list[Comparison]:
 
 
 def verdict(found: Comparison, p: float) -> str:
-    """In the words of the issue that is settled: a claim says that the difference is below 0."""
+    """A claim says that the difference is below 0."""
     if max(abs(found.difference.low), abs(found.difference.high)) < IDENTICAL:
-        return "not confirmed: the same model, nothing moves"
+        return "the same"
     if p >= 0.05:
         return "not confirmed"
     return "**confirmed**" if found.difference.estimate < 0 else "**contradicted**"
 
 
-def claims_table(results: dict[str, list[Row]]) -> list[list[str]]:
-    """A row for each claim, model and ratio; p-values are adjusted over the whole table (Holm)."""
+def claims_table(results: dict[str, list[Row]], comparison: str) -> tuple[list[str], list[list[str]]]:
+    """A row a claim, a column a model and ratio; p-values are adjusted over the claims of all tables (Holm)."""
     found = [
         (claim, each) for claim in CLAIMS for each in pairs(results[claim.comparison], claim.recipe, claim.against)
     ]
     adjusted = holm([each.p for _, each in found])
-    return [
-        [
-            claim.says,
-            each.model,
-            dropped(each.keep).split()[0],
-            interval(each.difference, "+.4f"),
-            f"{each.documents} × {each.seeds}",
-            f"{p:.3g}",
-            verdict(each, p),
-        ]
-        for (claim, each), p in zip(found, adjusted, strict=True)
-    ]
+    cells: dict[str, dict[str, str]] = {}
+    counts: dict[str, str] = {}
+    for (claim, each), p in zip(found, adjusted, strict=True):
+        if claim.comparison == comparison:
+            column = f"{each.model}, {dropped(each.keep)}"
+            cells.setdefault(claim.says, {})[column] = f"{verdict(each, p)}: {interval(each.difference, '+.4f')}"
+            counts[column] = f"{each.documents} × {each.seeds}"
+    table = [[says, *(row.get(column, "-") for column in counts)] for says, row in cells.items()]
+    return ["claim", *counts], [*table, ["windows × seeds", *counts.values()]]
 
 
-def recovered_table(rows: Sequence[Row], recipes: Sequence[str]) -> list[list[str]]:
+def recovered_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """How much of the damage of frequency pruning each recipe takes back, a column a model and ratio."""
     columns = list(blocks(rows, BASELINE))
     table = []
-    for recipe in recipes:
+    for recipe in dict.fromkeys(row.recipe for row in rows if row.recipe not in (ORIGINAL, BASELINE)):
         shares = {(each.model, each.keep, each.calibration): each.recovered for each in pairs(rows, recipe, BASELINE)}
         table.append([recipe, *(interval(shares.get(block), ".0%") for block in columns)])
-    return table
+    return ["recipe", *(f"{model}, {dropped(keep)}" for model, keep, _ in columns)], table
 
 
 THRESHOLDS = {"0": "dern/threshold-0.0", "0.2": "dern/threshold-0.2", "0.4": "dern/threshold-0.4", "0.6": "dern"}
@@ -158,14 +156,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def tables(results: dict[str, list[Row]]) -> dict[str, str]:
     """Name of a place in the page -> what goes there."""
-    methods = results["methods"]
-    recipes = list(dict.fromkeys(row.recipe for row in methods if row.recipe not in (ORIGINAL, BASELINE)))
-    columns = [f"{model}, {dropped(keep)}" for model, keep, _ in blocks(methods, BASELINE)]
-    header = ["claim", "model", "dropped", "difference in bits per byte (95%)", "documents × seeds", "p", "here"]
     return {
-        "claims": markdown(header, claims_table(results)),
+        "methods": markdown(*claims_table(results, "methods")),
+        "choices": markdown(*claims_table(results, "claims")),
         "thresholds": markdown(*thresholds_table(results["claims"])),
-        "recovered": markdown(["recipe", *columns], recovered_table(methods, recipes)),
+        "recovered": markdown(*recovered_table(results["methods"])),
+        "smol": markdown(*recovered_table(results["smol"])),
     }
 
 
@@ -173,8 +169,9 @@ def write_page(found: dict[str, str]) -> None:
     """Put each table between its markers."""
     text = PAGE.read_text(encoding="utf-8")
     for name, table in found.items():
-        pattern = f"(<!-- {name}:begin -->).*?(<!-- {name}:end -->)"
-        text = re.sub(pattern, lambda at, table=table: f"{at[1]}\n{table}\n{at[2]}", text, count=1, flags=re.DOTALL)
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
     PAGE.write_text(text, encoding="utf-8")
 
 
@@ -183,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write-docs", action="store_true", help="put the tables into the page")
     arguments = parser.parse_args()
-    results = {name: read_rows(RESULTS / name / "results.parquet") for name in ("methods", "claims")}
+    results = {name: read_rows(RESULTS / name / "results.parquet") for name in ("methods", "claims", "smol")}
     found = tables(results)
     if arguments.write_docs:
         write_page(found)

@@ -1,6 +1,6 @@
 """What carving SmolLM2 into experts costs on the tasks of the DERN paper: dense, carved, and a random model.
 
-    python benchmarks/smol_tasks.py --dense DIR --smol DIR --tasks DIR [--limit 200]
+    python benchmarks/smol_tasks.py --dense DIR --smol DIR --tasks DIR [--limit 40]
 
 DIRs: of `python -m benchmarks.testbeds.smol.dense`, of `python -m benchmarks.testbeds.smol`, and of
 `dernkit tasks prepare`. Runs lm-eval's tasks without examples in the prompt, and writes
@@ -37,6 +37,7 @@ CHANCE = {
     "sciq": 0.25,
     "winogrande": 0.5,
 }
+MEAN = "mean of the tasks"
 MODELS = ("dense", ORIGINAL, "random")
 
 
@@ -86,16 +87,17 @@ def by_task(seen: Observations) -> dict[str, Observations]:
 
 def table(rows: dict[str, Row]) -> str:
     """Accuracy of each model by task, and the carved one's difference from the dense one with its interval."""
-    tasks = {name: by_task(found.observations["lm-eval/acc"]) for name, found in rows.items()}
+    seen = {name: found.observations["lm-eval/acc"] for name, found in rows.items()}
+    tasks = {name: {**by_task(each), MEAN: each} for name, each in seen.items()}
     lines = ["| task | documents | dense | carved | carved − dense (95%) | random | chance |", "|---|" + "---:|" * 6]
     for task in tasks["dense"]:
         found = [tasks[name][task] for name in MODELS]
         measured = panel(found, where=task)
         values = [estimate(measured, [(1.0, {None: place})]).interval for place in range(3)]
         loss = estimate(measured, [(1.0, {None: 1}), (-1.0, {None: 0})]).interval
-        chance = CHANCE.get(task.removesuffix("_local"))
+        chance = CHANCE.get(task.removesuffix("_local"), sum(CHANCE.values()) / len(CHANCE))
         cells = [f"{len(found[0].documents):,}", said(values[0]), said(values[1])]
-        cells += [f"{loss.estimate:+.3f} ({loss.low:+.3f} to {loss.high:+.3f})", said(values[2]), f"{chance or 0:.2f}"]
+        cells += [f"{loss.estimate:+.3f} ({loss.low:+.3f} to {loss.high:+.3f})", said(values[2]), f"{chance:.2f}"]
         lines.append("| " + " | ".join([task.removesuffix("_local"), *cells]) + " |")
     return "\n".join(lines)
 
@@ -112,7 +114,7 @@ def main() -> None:
     add("--dense", type=Path, required=True)
     add("--smol", type=Path, required=True)
     add("--tasks", type=Path, required=True)
-    add("--limit", type=int, default=200, help="documents of a task")
+    add("--limit", type=int, default=40, help="documents of a task")
     add("--batch-size", type=int, default=8)
     args = parser.parse_args()
     names = tuple(f"{task}_local" for task in CHANCE)
@@ -128,7 +130,11 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     write_rows([rows[ORIGINAL], rows["dense"], rows["random"]], OUT / "results.parquet")
     text = table(rows)
-    intro = "`python benchmarks/smol_tasks.py`: accuracy on the first documents of each task, zero-shot."
+    intro = (
+        "`python benchmarks/smol_tasks.py`: accuracy on the first documents of each task, zero-shot, "
+        "with the half-width of 95% intervals over documents. Carved: `benchmarks/testbeds/smol`. "
+        "Random: a model of the carved one's config that has learned nothing."
+    )
     (OUT / "README.md").write_text(f"# SmolLM2 before and after carving\n\n{intro}\n\n{text}\n", encoding="utf-8")
     print(text)
 
