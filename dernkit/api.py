@@ -55,6 +55,7 @@ __all__ = [
     "LayerStats",
     "Match",
     "Merge",
+    "Narrowing",
     "Observations",
     "Observing",
     "Pairwise",
@@ -159,6 +160,19 @@ class Assigner(Protocol):
 
         A segment that is not listed is discarded; one that is listed with several targets goes to all of them.
         """
+        ...
+
+
+@runtime_checkable
+class Narrowing(Protocol):
+    """An assigner that can leave neurons of kept experts behind also where no expert is dropped.
+
+    Not a kind of its own: an assigner without ``narrows`` is not asked about such a layer.
+    """
+
+    @property
+    def narrows(self) -> bool:
+        """Whether its options say so."""
         ...
 
 

@@ -47,6 +47,7 @@ BUILTINS = (
     "dernkit.builtin.routers",
     "dernkit.builtin.refits",
     "dernkit.builtin.function_space",
+    "dernkit.builtin.refit_loss",
     "dernkit.builtin.sources",
     "dernkit.builtin.self_generated",
     "dernkit.builtin.evaluators",

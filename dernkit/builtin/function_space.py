@@ -8,13 +8,13 @@ from typing import Annotated, ClassVar, final
 
 import torch
 from annotated_types import Interval
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from dernkit.api import Assignment, ExpertBank, LayerStats, Retention, hookimpl
 from dernkit.builtin.refits import refuse_unfittable
 from dernkit.kernel.function_space import features, saliency, select, turns
-from dernkit.kernel.least_squares import Equations, by_part, parts
+from dernkit.kernel.least_squares import System, by_part, damping, parts, total
 from dernkit.kernel.outputs import layer_output
 from dernkit.kernel.segments import finite_segments
 
@@ -40,8 +40,9 @@ class FunctionSpace:
     """λ relative to the mean of the diagonal of the pool's Gram matrix."""
     rounds: Annotated[int, Interval(ge=1, le=1000)] = 4
     """In how many steps neurons go; after each the others are judged again."""
-    pool: Annotated[float, Interval(gt=1, le=1000)] = 8.0
-    """At most so many times an expert's width are looked at: its own neurons, and dropped ones with most output."""
+    pool: Annotated[float, Interval(gt=1, le=1000)] | None = None
+    """At most so many times an expert's width are looked at: its own neurons, and dropped ones with most output; null:
+    so many that there are two tokens to a neuron, and 1.25 to 8 times its width."""
     parts: Annotated[int, Interval(ge=1, le=100)] = 4
     """Into how many parts the calibration text is cut, of which the last is left out to see whether an expert gains; 1:
     none is, and every expert gets the neurons that are chosen."""
@@ -49,6 +50,11 @@ class FunctionSpace:
     """Share of its neurons that an expert has afterwards, rounded up to a multiple of 8."""
     tokens: Annotated[int, Interval(ge=1, le=16_777_216)] | None = None
     """At most so many of the sampled inputs; null: all."""
+
+    @property
+    def narrows(self) -> bool:
+        """Every expert gets narrower, also where none is dropped."""
+        return self.width < 1
 
     def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
         count = self._count(bank.dims.width)
@@ -79,7 +85,7 @@ class _Choice:
     """Neurons that stay, ascending."""
     arrivals: Int64[Tensor, " arrivals"]
     """Places among the dropped segments."""
-    saliency: Float64[Tensor, " arrivals"]
+    saliency: Float[Tensor, " arrivals"]
     """Share of the target's energy."""
     partner: Int64[Tensor, " arrivals"]
 
@@ -104,19 +110,20 @@ class _Task:
         own = finite_segments(self.bank, self.expert)
         hidden = features(self.bank, own, self.inputs, self.coefficients)
         target = self.residual + hidden @ own[:, -1, : self.residual.shape[1]]
-        places = self._strongest(dropped, round((how.pool - 1) * width))
+        share = how.pool or min(max(len(self.inputs) / 2 / width, 1.25), 8.0)
+        places = self._strongest(dropped, round((share - 1) * width))
         pool = torch.cat([hidden, features(self.bank, dropped[places], self.inputs, self.coefficients)], dim=1)
         first, rest = by_part(pool, target, self.last.to(torch.int64), 2)
-        whole = first + rest
+        whole = total([first, rest])
         gains = len(places) > 0 and (how.parts == 1 or _gains(first, rest, width, count, how))
         chosen, found = _best(whole if gains else whole.of(torch.arange(width)), width, count, how)
-        down = whole.of(chosen).solve(whole.damping(how.ridge))
+        down = whole.of(chosen).solve(damping(whole, how.ridge))
         is_own = chosen < width
         choice = _Choice(
             own=chosen[is_own],
             arrivals=places[chosen[~is_own] - width],
             saliency=found[~is_own] / (whole.energy or 1.0),
-            partner=_partners(whole.gram, chosen[is_own], chosen[~is_own]),
+            partner=_partners(whole, chosen[is_own], chosen[~is_own]),
         )
         return choice, target - pool[:, chosen] @ down.to(torch.float32)
 
@@ -135,26 +142,26 @@ class _Task:
 
 
 def _best(
-    pool: Equations, width: int, count: int, how: FunctionSpace
-) -> tuple[Int64[Tensor, " chosen"], Float64[Tensor, " chosen"]]:
+    pool: System, width: int, count: int, how: FunctionSpace
+) -> tuple[Int64[Tensor, " chosen"], Float[Tensor, " chosen"]]:
     """``count`` neurons, ascending, and their saliency; the first ``width`` are the expert's own, and one stays."""
-    damping = pool.damping(how.ridge)
-    chosen, found = select(pool, damping, count, how.rounds)
+    ridge = damping(pool, how.ridge)
+    chosen, found = select(pool, ridge, count, how.rounds)
     if int(chosen[0]) >= width:
-        most_active = pool.gram.diagonal()[:width].argmax()[None]
+        most_active = pool.squares()[:width].argmax()[None]
         chosen = torch.cat([most_active, chosen[found.argsort()[1:]].sort().values])
-        found = saliency(pool.of(chosen), damping)
+        found = saliency(pool.of(chosen), ridge)
     return chosen, found
 
 
-def _gains(first: Equations, rest: Equations, width: int, count: int, how: FunctionSpace) -> bool:
+def _gains(first: System, rest: System, width: int, count: int, how: FunctionSpace) -> bool:
     """Whether neurons of the pool that are chosen and solved on the one part of the text do better than own ones on the
     other."""
-    damping = first.damping(how.ridge)
+    ridge = damping(first, how.ridge)
     errors = []
     for pool in (first, first.of(torch.arange(width))):
         chosen = _best(pool, width, count, how)[0]
-        errors.append(rest.of(chosen).error(first.of(chosen).solve(damping)))
+        errors.append(rest.of(chosen).error(first.of(chosen).solve(ridge)))
     return errors[0] < errors[1]
 
 
@@ -167,12 +174,14 @@ def _idle(bank: ExpertBank, expert: int, count: int) -> _Choice:
 
 
 def _partners(
-    gram: Float64[Tensor, "pool pool"], own: Int64[Tensor, " own"], arrivals: Int64[Tensor, " arrivals"]
+    pool: System, own: Int64[Tensor, " own"], arrivals: Int64[Tensor, " arrivals"]
 ) -> Int64[Tensor, " arrivals"]:
     """For each arrival the own neuron that stays whose activations are most like its own, by cosine."""
-    size = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    cosine = gram[arrivals][:, own].abs() / size[arrivals, None] / size[own]
-    return own[cosine.argmax(1)] if len(arrivals) else arrivals
+    if not len(arrivals):
+        return arrivals
+    size = pool.squares().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    cosine = pool.products(arrivals, own).abs() / size[arrivals, None] / size[own]
+    return own[cosine.argmax(1)]
 
 
 def _numbers(bank: ExpertBank, expert: int) -> Int64[Tensor, " width"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dernkit.api import CheckpointError, ExpertBank, LayerPlan, LayerStats, hookimpl
 from dernkit.kernel.function_space import features, turns
-from dernkit.kernel.least_squares import by_part, chosen_ridge, parts
+from dernkit.kernel.least_squares import by_part, chosen_ridge, damping, parts, total
 from dernkit.kernel.outputs import layer_output
 
 RIDGES = (0.001, 0.01, 0.1, 1.0)
@@ -64,8 +64,8 @@ class LeastSquares:
                 ridge = ridges[expert]
                 if ridge is None:
                     continue
-                whole = sum(found[1:], found[0])
-                change[expert] = whole.solve(whole.damping(ridge))
+                whole = total(found)
+                change[expert] = whole.solve(damping(whole, ridge))
                 residual[rows] = wanted - hidden @ change[expert].to(torch.float32)
         return (after.down.to(torch.float64) + change.transpose(1, 2)).to(torch.float32)
 

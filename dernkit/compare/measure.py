@@ -186,14 +186,16 @@ class Laboratory:
     def _calibrate(self, context: Context, file: Path) -> None:
         loaded, spec = self._load(context.subject), context.spec
         assert spec is not None
+        batches = self._tokens(context)
         stats = calibrate_live(
             loaded.model,
             loaded.blocks,
-            self._tokens(context),
+            batches,
             context.requires,
             sample_size=spec.sample,
             seed=context.seed,
             progress=Silent(),
+            held_out=spec.held_out(sum(batch.numel() for batch in batches)),
         )
         partial = file.with_suffix(f".{os.getpid()}.partial")
         save_stats(stats, partial, context.key)

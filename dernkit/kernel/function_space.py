@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from dernkit.kernel.least_squares import Equations
+from dernkit.kernel.least_squares import System
 from dernkit.kernel.outputs import segment_activations
 from dernkit.types import ExpertBank, Routing
 
@@ -45,38 +45,38 @@ def features(
     return coefficients[:, None] * segment_activations(segments, bank.act, inputs)
 
 
-def saliency(equations: Equations, damping: float) -> Float64[Tensor, " neurons"]:
+def saliency(system: System, damping: float) -> Float[Tensor, " neurons"]:
     """``‖w_i‖² / [(A + λI)⁻¹]_ii``, w = (A + λI)⁻¹B: what the damped error rises by when neuron i goes and all others
     are solved again (optimal brain surgeon, Hassibi & Stork 1993)."""
-    inverse = torch.cholesky_inverse(equations.factor(damping))
-    return (inverse @ equations.right).square().sum(1) / inverse.diagonal()
+    solved = system.solved(damping)
+    return solved.weights.square().sum(1) / solved.diagonal
 
 
 def select(
-    equations: Equations, damping: float, count: int, rounds: int
-) -> tuple[Int64[Tensor, " chosen"], Float64[Tensor, " chosen"]]:
+    system: System, damping: float, count: int, rounds: int
+) -> tuple[Int64[Tensor, " chosen"], Float[Tensor, " chosen"]]:
     """``count`` neurons, ascending, with their saliency among them: the others go one by one, the least salient first.
 
     In each round about the same share of what is left goes, out of twice as many that are least salient at its
     beginning; within it saliencies follow exactly, so that of two equal neurons one stays. Ties go to the lowest index.
     """
-    left = torch.arange(len(equations))
+    left = torch.arange(len(system))
     for number in range(rounds, 0, -1):
         if len(left) <= count:
             break
         size = count if number == 1 else max(count, round(len(left) * (count / len(left)) ** (1 / number)))
-        left = left[_without(equations.of(left), damping, len(left) - size)]
-    return left, saliency(equations.of(left), damping)
+        left = left[_without(system.of(left), damping, len(left) - size)]
+    return left, saliency(system.of(left), damping)
 
 
-def _without(equations: Equations, damping: float, gone: int) -> Int64[Tensor, " left"]:
+def _without(system: System, damping: float, gone: int) -> Int64[Tensor, " left"]:
     """Neurons that are left, ascending, when so many of the least salient go one by one."""
-    inverse = torch.cholesky_inverse(equations.factor(damping))
-    weights = inverse @ equations.right
-    order = (weights.square().sum(1) / inverse.diagonal()).argsort(stable=True)
+    solved = system.solved(damping)
+    order = (solved.weights.square().sum(1) / solved.diagonal).argsort(stable=True)
     some = order[: 2 * gone].sort().values
-    inverse, weights = inverse[some][:, some], weights[some]
-    stays = torch.ones(len(equations), dtype=torch.bool)
+    inverse, weights = solved.block(some), solved.weights[some]
+    del solved
+    stays = torch.ones(len(system), dtype=torch.bool)
     for _ in range(gone):
         diagonal = inverse.diagonal()
         found = torch.where(stays[some], weights.square().sum(1) / diagonal, torch.inf)

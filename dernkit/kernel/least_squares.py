@@ -1,73 +1,226 @@
-"""Least squares from sums: Gram matrices that can be added, solved with a ridge, and judged on text that was left out.
+"""Least squares with a ridge, for as many neurons and tokens as there are, and judged on text that was left out.
 
-Accumulated and solved in float64.
+The same solutions two ways: with fewer neurons than tokens from the neurons' Gram matrix, with fewer tokens than
+neurons from the tokens'. Up to 4,096 on the smaller side in float64, beyond in float32; where a float32 matrix turns
+out not to be positive definite, in float64 after all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from dernkit.errors import CheckpointError
 from dernkit.types import LayerStats
 
 _ROWS = 4096
-"""Tokens that are converted to float64 at a time."""
+"""Tokens whose products are summed in float32 at a time."""
+_EXACT = 4096
+"""Equations that are solved in float64."""
 
 
 @dataclass(frozen=True, slots=True)
-class Equations:
-    """``A = hᵀh``, ``B = hᵀy`` and ``Σ‖y‖²`` of some tokens: all that the squared error of any solution needs."""
+class Solved:
+    """``w = (A + λI)⁻¹ B`` with what saliencies need of the inverse."""
 
-    gram: Float64[Tensor, "neurons neurons"]
-    right: Float64[Tensor, "neurons hidden"]
-    energy: float
+    weights: Float[Tensor, "neurons hidden"]
+    diagonal: Float[Tensor, " neurons"]
+    """Of ``(A + λI)⁻¹``."""
+    block: Callable[[Int64[Tensor, " some"]], Float[Tensor, "some some"]]
+    """Rows and columns of ``(A + λI)⁻¹`` for some neurons."""
+
+
+class System(ABC):
+    """``min_w Σ‖y − wᵀh‖² + λ‖w‖²`` over some tokens; A = hᵀh and B = hᵀy."""
+
+    @property
+    @abstractmethod
+    def energy(self) -> float:
+        """``Σ‖y‖²``."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Neurons."""
+
+    @abstractmethod
+    def __add__(self, other: System) -> System:
+        """That of both token sets."""
+
+    @abstractmethod
+    def of(self, neurons: Int64[Tensor, " some"]) -> System:
+        """That of some neurons."""
+
+    @abstractmethod
+    def squares(self) -> Float[Tensor, " neurons"]:
+        """diag A."""
+
+    @abstractmethod
+    def products(self, some: Int64[Tensor, " a"], others: Int64[Tensor, " b"]) -> Float[Tensor, "a b"]:
+        """Rows ``some`` and columns ``others`` of A."""
+
+    @abstractmethod
+    def solve(self, damping: float) -> Float[Tensor, "neurons hidden"]:
+        """``w = (A + λI)⁻¹ B``."""
+
+    @abstractmethod
+    def solved(self, damping: float) -> Solved:
+        """The same and the inverse."""
+
+    @abstractmethod
+    def error(self, weights: Float[Tensor, "neurons hidden"]) -> float:
+        """``Σ‖y − wᵀh‖²``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ByNeurons(System):
+    """From A and B, which add up over tokens."""
+
+    gram: Float[Tensor, "neurons neurons"]
+    right: Float[Tensor, "neurons hidden"]
+    squared: float
+
+    @property
+    def energy(self) -> float:
+        return self.squared
 
     def __len__(self) -> int:
         return len(self.gram)
 
-    def __add__(self, other: Equations) -> Equations:
-        return Equations(self.gram + other.gram, self.right + other.right, self.energy + other.energy)
+    def __add__(self, other: System) -> ByNeurons:
+        assert isinstance(other, ByNeurons)
+        return ByNeurons(self.gram + other.gram, self.right + other.right, self.squared + other.squared)
 
-    def __sub__(self, other: Equations) -> Equations:
-        return Equations(self.gram - other.gram, self.right - other.right, self.energy - other.energy)
+    def of(self, neurons: Int64[Tensor, " some"]) -> ByNeurons:
+        return ByNeurons(self.gram[neurons][:, neurons], self.right[neurons], self.squared)
 
-    def of(self, neurons: Int64[Tensor, " some"]) -> Equations:
-        """Those of some neurons."""
-        return Equations(self.gram[neurons][:, neurons], self.right[neurons], self.energy)
+    def squares(self) -> Float[Tensor, " neurons"]:
+        return self.gram.diagonal()
 
-    def damping(self, ridge: float) -> float:
-        """``λ = ridge · mean diag A``; above 0 also where no neuron is ever active."""
-        mean = float(self.gram.diagonal().mean()) if len(self) else 0.0
-        return ridge * mean if mean > 0 else 1.0
+    def products(self, some: Int64[Tensor, " a"], others: Int64[Tensor, " b"]) -> Float[Tensor, "a b"]:
+        return self.gram[some][:, others]
 
-    def factor(self, damping: float) -> Float64[Tensor, "neurons neurons"]:
-        """Cholesky factor of ``A + λI``."""
-        return torch.linalg.cholesky(self.gram + damping * torch.eye(len(self), dtype=torch.float64))
+    def solve(self, damping: float) -> Float[Tensor, "neurons hidden"]:
+        factor = _factor(self.gram, damping)
+        return torch.cholesky_solve(self.right.to(factor.dtype), factor)
 
-    def solve(self, damping: float) -> Float64[Tensor, "neurons hidden"]:
-        """``w = (A + λI)⁻¹ B``."""
-        return torch.cholesky_solve(self.right, self.factor(damping))
+    def solved(self, damping: float) -> Solved:
+        inverse = torch.cholesky_inverse(_factor(self.gram, damping))
+        return Solved(
+            inverse @ self.right.to(inverse.dtype), inverse.diagonal(), lambda some: inverse[some][:, some].clone()
+        )
 
-    def error(self, weights: Float64[Tensor, "neurons hidden"]) -> float:
-        """``Σ‖y − wᵀh‖²``."""
-        return self.energy - 2 * float((weights * self.right).sum()) + float((weights * (self.gram @ weights)).sum())
+    def error(self, weights: Float[Tensor, "neurons hidden"]) -> float:
+        w = weights.to(self.gram.dtype)
+        return self.energy - 2 * float((w * self.right).sum()) + float((w * (self.gram @ w)).sum())
 
 
-def equations(hidden: Float32[Tensor, "tokens neurons"], wanted: Float32[Tensor, "tokens hidden"]) -> Equations:
-    """Of features h and what they should give, y."""
-    gram = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=torch.float64)
-    right = torch.zeros(hidden.shape[1], wanted.shape[1], dtype=torch.float64)
+@dataclass(frozen=True, slots=True)
+class ByTokens(System):
+    """From ``K = hhᵀ``: ``(A + λI)⁻¹ B = hᵀ (K + λI)⁻¹ y`` and ``(A + λI)⁻¹ = (I − hᵀ (K + λI)⁻¹ h) / λ``."""
+
+    hidden: Float[Tensor, "tokens neurons"]
+    wanted: Float[Tensor, "tokens hidden"]
+
+    @property
+    def energy(self) -> float:
+        return float(self.wanted.square().sum(dtype=torch.float64))
+
+    def __len__(self) -> int:
+        return self.hidden.shape[1]
+
+    def __add__(self, other: System) -> ByTokens:
+        assert isinstance(other, ByTokens)
+        return ByTokens(torch.cat([self.hidden, other.hidden]), torch.cat([self.wanted, other.wanted]))
+
+    def of(self, neurons: Int64[Tensor, " some"]) -> ByTokens:
+        return replace(self, hidden=self.hidden[:, neurons])
+
+    def squares(self) -> Float[Tensor, " neurons"]:
+        return self.hidden.square().sum(0, dtype=torch.float64)
+
+    def products(self, some: Int64[Tensor, " a"], others: Int64[Tensor, " b"]) -> Float[Tensor, "a b"]:
+        return self.hidden[:, some].T @ self.hidden[:, others]
+
+    def solve(self, damping: float) -> Float[Tensor, "neurons hidden"]:
+        factor = self._factor(damping)
+        return self.hidden.to(factor.dtype).T @ torch.cholesky_solve(self.wanted.to(factor.dtype), factor)
+
+    def solved(self, damping: float) -> Solved:
+        factor = self._factor(damping)
+        half = torch.linalg.solve_triangular(factor, self.hidden.to(factor.dtype), upper=False)
+        weights = half.T @ torch.linalg.solve_triangular(factor, self.wanted.to(factor.dtype), upper=False)
+
+        def block(some: Int64[Tensor, " some"]) -> Float[Tensor, "some some"]:
+            part = half[:, some]
+            return (torch.eye(len(some), dtype=half.dtype) - part.T @ part) / damping
+
+        least = torch.finfo(half.dtype).eps  # a diagonal of 0 would be a neuron of infinite saliency
+        return Solved(weights, (1 - half.square().sum(0)).clamp(min=least) / damping, block)
+
+    def error(self, weights: Float[Tensor, "neurons hidden"]) -> float:
+        found = self.hidden @ weights.to(self.hidden.dtype)
+        return float((self.wanted - found).square().sum(dtype=torch.float64))
+
+    def _factor(self, damping: float) -> Float[Tensor, "tokens tokens"]:
+        hidden = self.hidden.to(_dtype(len(self.hidden)))
+        return _factor(hidden @ hidden.T, damping)
+
+
+def _dtype(size: int) -> torch.dtype:
+    return torch.float64 if size <= _EXACT else torch.float32
+
+
+def _factor(matrix: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
+    """Cholesky factor of ``matrix + λI``."""
+    damped = matrix.clone()
+    damped.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed) and matrix.dtype == torch.float32:
+        logging.getLogger(__name__).warning(
+            "least squares: %d equations with λ = %.3g are not positive definite in float32; solved in float64, which "
+            "takes longer. A larger 'ridge' avoids that.",
+            *(len(matrix), damping),
+        )
+        return _factor(matrix.to(torch.float64), damping)
+    if bool(failed):
+        raise CheckpointError(
+            f"least squares: equations of neurons with λ = {damping:.3g} must be positive definite. Got a singular "
+            "matrix instead. Use a larger 'ridge', or a larger 'calibrate.sample'."
+        )
+    return factor
+
+
+def damping(system: System, ridge: float) -> float:
+    """``λ = ridge · mean diag A``; above 0 also where no neuron is ever active."""
+    mean = float(system.squares().mean()) if len(system) else 0.0
+    return ridge * mean if mean > 0 else 1.0
+
+
+def total(systems: Sequence[System]) -> System:
+    """That of all their tokens."""
+    first, *others = systems
+    for other in others:
+        first = first + other
+    return first
+
+
+def equations(hidden: Float32[Tensor, "tokens neurons"], wanted: Float32[Tensor, "tokens hidden"]) -> ByNeurons:
+    """Of features h and what they should give, y; products of 4,096 tokens at a time in float32, their sums in float64
+    for up to 4,096 neurons."""
+    count, dtype = hidden.shape[1], _dtype(hidden.shape[1])
+    gram, right = torch.zeros(count, count, dtype=dtype), torch.zeros(count, wanted.shape[1], dtype=dtype)
     energy = 0.0
     for h, y in zip(hidden.split(_ROWS), wanted.split(_ROWS), strict=True):
-        h64, y64 = h.to(torch.float64), y.to(torch.float64)
-        gram.addmm_(h64.T, h64)
-        right.addmm_(h64.T, y64)
-        energy += float(y64.square().sum())
-    return Equations(gram, right, energy)
+        gram += h.T @ h
+        right += h.T @ y
+        energy += float(y.square().sum(dtype=torch.float64))
+    return ByNeurons(gram, right, energy)
 
 
 def parts(stats: LayerStats, count: int) -> Int64[Tensor, " sampled"]:
@@ -75,7 +228,7 @@ def parts(stats: LayerStats, count: int) -> Int64[Tensor, " sampled"]:
 
     Neighbours stay together, so that leaving out a part leaves out whole documents, but for those at its ends.
     """
-    return stats["sample_token"] * count // max(stats.tokens, 1)
+    return stats["sample_token"] * count // max(stats.sampled_tokens, 1)
 
 
 def by_part(
@@ -83,21 +236,23 @@ def by_part(
     wanted: Float32[Tensor, "tokens hidden"],
     part: Int64[Tensor, " tokens"],
     count: int,
-) -> list[Equations]:
-    """One for each part, also for those without tokens."""
-    return [equations(hidden[part == number], wanted[part == number]) for number in range(count)]
+) -> list[System]:
+    """One for each part, also for those without tokens; all of one kind."""
+    tokens, neurons = hidden.shape
+    make: Callable[[Tensor, Tensor], System] = ByTokens if tokens < neurons else equations
+    return [make(hidden[part == number], wanted[part == number]) for number in range(count)]
 
 
-def chosen_ridge(found: Sequence[Equations], ridges: Sequence[float]) -> float | None:
+def chosen_ridge(found: Sequence[System], ridges: Sequence[float]) -> float | None:
     """The ridge whose solutions do best on the parts that they were not fitted to; None: no solution beats w = 0.
 
     Ties go to the larger ridge.
     """
-    whole = sum(found[1:], found[0])
-    best, least = None, sum(part.energy for part in found)
-    for ridge in sorted(ridges, reverse=True):
-        damping = whole.damping(ridge)
-        error = sum(part.error((whole - part).solve(damping)) for part in found)
-        if error < least:
-            best, least = ridge, error
-    return best
+    dampings = {ridge: damping(total(found), ridge) for ridge in sorted(ridges, reverse=True)}
+    errors = dict.fromkeys(dampings, 0.0)
+    for number, part in enumerate(found):
+        others = total([each for place, each in enumerate(found) if place != number])
+        for ridge in dampings:
+            errors[ridge] += part.error(others.solve(dampings[ridge]))
+    best = min(errors, key=lambda ridge: errors[ridge])
+    return best if errors[best] < sum(part.energy for part in found) else None

@@ -27,15 +27,24 @@ class Accumulator:
         seed: seed of the reservoir.
         first_token: index of the first token that `update` will see, so that a later part of a token stream can be
             accumulated on its own and added.
+        held_out: tokens at the end that `LayerStats.held_out` counts.
     """
 
     def __init__(
-        self, dims: LayerDims, requires: frozenset[str], *, sample_size: int, seed: int, first_token: int = 0
+        self,
+        dims: LayerDims,
+        requires: frozenset[str],
+        *,
+        sample_size: int,
+        seed: int,
+        first_token: int = 0,
+        held_out: int = 0,
     ) -> None:
         self._dims = dims
         self._requires = requires
         self._sample_size = sample_size if "sample" in requires else 0
         self._seed = seed
+        self._held_out = held_out
         self._next = first_token
         shapes: dict[str, tuple[int, ...]] = {name: (dims.experts,) for name in requires if name != "sample"}
         if "output_sum" in requires:
@@ -121,7 +130,7 @@ class Accumulator:
             if not self._reservoir:
                 raise ContractError(f"layer {self._dims.layer}: a sample must be drawn from at least one token.")
             values |= self._reservoir
-        return LayerStats(self._tokens, values, self._sample_size)
+        return LayerStats(self._tokens, values, self._sample_size, self._held_out)
 
 
 def _per_expert(chosen: Int64[Tensor, "n top_k"], values: Tensor, experts: int) -> Tensor:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from dernkit.builtin.function_space import FunctionSpace
 from dernkit.builtin.merges import Adopt
 from dernkit.builtin.refits import LeastSquares
 from dernkit.builtin.routers import Slice
 from dernkit.errors import CheckpointError
-from dernkit.kernel import calls
+from dernkit.kernel import calls, least_squares
 from dernkit.kernel.after import after_surgery
 from dernkit.kernel.compress import compress_layer, target_width
 from dernkit.kernel.function_space import features, saliency, select, turns
 from dernkit.kernel.layer_error import layer_error
-from dernkit.kernel.least_squares import by_part, chosen_ridge, equations, parts
+from dernkit.kernel.least_squares import ByTokens, System, by_part, chosen_ridge, damping, equations, parts, total
 from dernkit.testing.banks import copy_expert, random_bank, retained
 from dernkit.testing.cases import statistics
 from dernkit.types import ExpertBank, LayerPlan, LayerStats
@@ -68,19 +70,60 @@ def test_features_and_their_gram_matrix(options: dict[str, bool]) -> None:
     torch.testing.assert_close(got.right, right, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rounds", [1, 2, 5])
-def test_saliency_is_what_the_error_rises_by_and_selection_follows_it(rounds: int) -> None:
+@pytest.mark.parametrize("make", [equations, ByTokens], ids=["by neurons", "by tokens"])
+@pytest.mark.parametrize(("tokens", "rounds"), [(40, 1), (40, 2), (40, 5), (8, 2)])
+def test_saliency_is_what_the_error_rises_by_and_selection_follows_it(
+    make: Callable[[Tensor, Tensor], System], tokens: int, rounds: int
+) -> None:
     rng = torch.Generator().manual_seed(rounds)
-    hidden, wanted = torch.randn(40, 11, generator=rng), torch.randn(40, 3, generator=rng)
-    whole = equations(hidden, wanted)
-    gram, right, damping = whole.gram, whole.right, whole.damping(0.01)
-    expected = torch.tensor(reference.saliencies(gram, right, damping, range(11)), dtype=torch.float64)
-    torch.testing.assert_close(saliency(whole, damping), expected, rtol=1e-8, atol=1e-8)
-    chosen, found = select(whole, damping, 4, rounds)
-    assert chosen.tolist() == reference.eliminate(gram, right, damping, 4, rounds)
-    torch.testing.assert_close(
-        found, torch.tensor(reference.saliencies(gram, right, damping, chosen.tolist()), dtype=torch.float64)
+    hidden, wanted = torch.randn(tokens, 11, generator=rng), torch.randn(tokens, 3, generator=rng)
+    whole = make(hidden, wanted)
+    gram, right = hidden.double().T @ hidden.double(), hidden.double().T @ wanted.double()
+    ridge = damping(whole, 0.01)
+    assert ridge == pytest.approx(0.01 * float(gram.diagonal().mean()), rel=1e-6)
+    expected = torch.tensor(reference.saliencies(gram, right, ridge, range(11)), dtype=torch.float64)
+    torch.testing.assert_close(saliency(whole, ridge), expected, rtol=1e-4, atol=1e-5)
+    chosen, found = select(whole, ridge, 4, rounds)
+    assert chosen.tolist() == reference.eliminate(gram, right, ridge, 4, rounds)
+    left = torch.tensor(reference.saliencies(gram, right, ridge, chosen.tolist()), dtype=torch.float64)
+    torch.testing.assert_close(found, left, rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_tokens_than_neurons_have_the_same_solution() -> None:
+    rng = torch.Generator().manual_seed(5)
+    hidden, wanted = torch.randn(20, 30, generator=rng), torch.randn(20, 3, generator=rng)
+    part = torch.arange(20) % 2
+    found, expected = (
+        by_part(hidden, wanted, part, 2),
+        [equations(hidden[part == i], wanted[part == i]) for i in (0, 1)],
     )
+    assert all(isinstance(each, ByTokens) for each in found)
+    some, ridge = torch.tensor([3, 4, 17]), damping(total(found), 0.1)
+    for dual, primal in (
+        (found[0], expected[0]),
+        (total(found), total(expected)),
+        (found[1].of(some), expected[1].of(some)),
+    ):
+        weights = primal.solve(ridge)
+        torch.testing.assert_close(dual.solve(ridge), weights, rtol=1e-4, atol=1e-5)
+        assert dual.error(weights) == pytest.approx(primal.error(weights), rel=1e-4)
+        torch.testing.assert_close(dual.squares(), primal.squares(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found[0].products(some, some).double(), expected[0].products(some, some), rtol=1e-4, atol=1e-5
+    )
+    assert chosen_ridge(found, (0.01, 1.0)) == chosen_ridge(expected, (0.01, 1.0))
+
+
+def test_what_float32_cannot_solve_is_solved_in_float64_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(least_squares, "_EXACT", 8)
+    same = equations(torch.ones(16, 12), torch.ones(16, 1))
+    weights = same.solve(1e-7)
+    torch.testing.assert_close(weights, torch.full((12, 1), 1 / 12, dtype=torch.float64), rtol=1e-4, atol=0)
+    assert "12 equations with λ = 1e-07 are not positive definite in float32" in caplog.text
+    with pytest.raises(CheckpointError, match="must be positive definite"):
+        same.solve(-1.0)
 
 
 @pytest.mark.parametrize("noise", [0.1, 3.0, 100.0])
@@ -168,7 +211,7 @@ def test_experts_get_narrower(kept: list[int]) -> None:
         for expert, rows, coefficients in turns(bank.route(stats.router_inputs), kept):  # type: ignore[misc]
             hidden = features(bank, bank.segments(expert), stats["sample"][rows], coefficients)
             whole = equations(hidden, hidden @ bank.segments(expert)[:, -1])
-            chosen = reference.eliminate(whole.gram, whole.right, whole.damping(how.ridge), 8, 3)
+            chosen = reference.eliminate(whole.gram, whole.right, damping(whole, how.ridge), 8, 3)
             assert plan.stays(expert).tolist() == chosen
 
 
