@@ -49,7 +49,8 @@ class RefitLoss:
     def select(self, bank: ExpertBank, scores: Float64[Tensor, " experts"], count: int, stats: LayerStats) -> Retention:
         dims, loss = bank.dims, refit_loss(bank, stats, self.tokens, self.ridge)
         if math.comb(dims.experts // dims.groups, count // dims.groups) ** dims.groups <= self.exhaustive:
-            kept = list(min(subsets(dims, count), key=lambda some: loss(some)))  # of equal ones the first
+            first = min(subsets(dims, count), key=loss)  # of equal ones
+            kept = list(first)
         else:
             start = BestSubset(exhaustive=0).select(bank, scores, count, stats).kept.tolist()
             kept = self._exchanged(start, scores, dims.experts // dims.groups, loss)
