@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from dernkit.api import Assignment, ExpertBank, LayerStats, Retention, hookimpl
-from dernkit.builtin.refits import refuse_unfittable
+from dernkit.builtin.refits import sampled_outputs
 from dernkit.kernel.function_space import features, saliency, select, turns
 from dernkit.kernel.least_squares import System, by_part, damping, parts, total
 from dernkit.kernel.outputs import layer_output
@@ -60,12 +60,12 @@ class FunctionSpace:
         count = self._count(bank.dims.width)
         if not retention.dropped and count == bank.dims.width:
             return Assignment.empty()
-        refuse_unfittable(bank, f"assigner '{self.name}', layer {bank.dims.layer}")
+        where = f"assigner '{self.name}', layer {bank.dims.layer}"
+        inputs, seen, whole = sampled_outputs(bank, stats, self.tokens, self.parts, where)
         assert bank.route is not None
-        inputs, seen = stats["sample"][: self.tokens].to(torch.float32), stats.router_inputs[: self.tokens]
         last = parts(stats, self.parts)[: self.tokens] == self.parts - 1
         routing = bank.route(seen, retention.kept)
-        residual = layer_output(bank, inputs, bank.route(seen)) - layer_output(bank, inputs, routing)
+        residual = whole - layer_output(bank, inputs, routing)
         dropped = torch.cat([bank.segments(0)[:0], *(finite_segments(bank, expert) for expert in retention.dropped)])
         choices: dict[int, _Choice] = {}
         for expert, rows, coefficients in turns(routing, retention.kept.tolist()):

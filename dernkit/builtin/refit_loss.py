@@ -13,7 +13,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from dernkit.api import ExpertBank, LayerStats, Retention, hookimpl
-from dernkit.builtin.refits import refuse_unfittable
+from dernkit.builtin.refits import sampled_outputs
 from dernkit.builtin.selectors import BestSubset, subsets
 from dernkit.kernel.function_space import features, turns
 from dernkit.kernel.least_squares import by_part, damping, parts
@@ -85,13 +85,12 @@ def refit_loss(bank: ExpertBank, stats: LayerStats, tokens: int, ridge: float) -
     """Squared error on the second half of the text after projections are fitted on the first, by kept experts.
 
     Raises:
-        CheckpointError: the layer cannot be refitted.
+        CheckpointError: the layer cannot be refitted, see `sampled_outputs`.
     """
-    refuse_unfittable(bank, f"selector '{RefitLoss.name}', layer {bank.dims.layer}")
-    assert bank.route is not None
-    route = bank.route
-    inputs, seen = stats["sample"][:tokens].to(torch.float32), stats.router_inputs[:tokens]
-    half, whole = parts(stats, 2)[:tokens], layer_output(bank, inputs, route(seen))
+    where = f"selector '{RefitLoss.name}', layer {bank.dims.layer}"
+    inputs, seen, whole = sampled_outputs(bank, stats, tokens, 2, where)
+    half, route = parts(stats, 2)[:tokens], bank.route
+    assert route is not None
 
     def loss(kept: Sequence[int]) -> float:
         routing = route(seen, torch.tensor(kept))

@@ -10,7 +10,7 @@ from annotated_types import Interval
 from jaxtyping import Float32
 from torch import Tensor
 
-from dernkit.api import CheckpointError, ExpertBank, LayerPlan, LayerStats, hookimpl
+from dernkit.api import CheckpointError, ExpertBank, LayerPlan, LayerStats, RecipeError, hookimpl
 from dernkit.kernel.function_space import features, turns
 from dernkit.kernel.least_squares import by_part, chosen_ridge, damping, parts, total
 from dernkit.kernel.outputs import layer_output
@@ -45,12 +45,12 @@ class LeastSquares:
     def refit(
         self, bank: ExpertBank, after: ExpertBank, plan: LayerPlan, stats: LayerStats
     ) -> Float32[Tensor, "kept hidden width"]:
-        refuse_unfittable(bank, f"refit '{self.name}', layer {plan.layer}")
-        assert bank.route is not None and after.route is not None
-        inputs, seen = stats["sample"][: self.tokens].to(torch.float32), stats.router_inputs[: self.tokens]
+        where = f"refit '{self.name}', layer {plan.layer}"
+        inputs, seen, whole = sampled_outputs(bank, stats, self.tokens, self.parts, where)
+        assert after.route is not None
         part = parts(stats, self.parts)[: self.tokens]
         routing = after.route(seen)
-        residual = layer_output(bank, inputs, bank.route(seen)) - layer_output(after, inputs, routing)
+        residual = whole - layer_output(after, inputs, routing)
         change = torch.zeros(after.down.transpose(1, 2).shape, dtype=torch.float64)
         ridges: dict[int, float | None] = {}
         for _ in range(self.passes):
@@ -64,17 +64,21 @@ class LeastSquares:
                 ridge = ridges[expert]
                 if ridge is None:
                     continue
-                whole = total(found)
-                change[expert] = whole.solve(damping(whole, ridge))
+                system = total(found)
+                change[expert] = system.solve(damping(system, ridge))
                 residual[rows] = wanted - hidden @ change[expert].to(torch.float32)
         return (after.down.to(torch.float64) + change.transpose(1, 2)).to(torch.float32)
 
 
-def refuse_unfittable(bank: ExpertBank, where: str) -> None:
-    """Layers whose output is not linear in the down projections, or whose tokens cannot be routed again.
+def sampled_outputs(
+    bank: ExpertBank, stats: LayerStats, tokens: int | None, least: int, where: str
+) -> tuple[Float32[Tensor, "sampled hidden"], Tensor, Float32[Tensor, "sampled hidden"]]:
+    """The experts' inputs of at most so many sampled tokens, the router's, and what the layer makes of them.
 
     Raises:
-        CheckpointError: the layer is one of them.
+        CheckpointError: the output is not linear in the down projections, tokens cannot be routed again, or outputs are
+            not finite.
+        RecipeError: there are fewer than ``least`` tokens.
     """
     if bank.finish is not None:
         raise CheckpointError(
@@ -86,6 +90,19 @@ def refuse_unfittable(bank: ExpertBank, where: str) -> None:
             f"{where}: sampled tokens must be routable again. Got a router that the adapter cannot repeat instead. "
             "Leave out this component for this family."
         )
+    inputs, seen = stats["sample"][:tokens].to(torch.float32), stats.router_inputs[:tokens]
+    if len(inputs) < least:
+        raise RecipeError(
+            f"{where}: must have {least} sampled inputs at least. Got {len(inputs)} instead. Raise calibrate.sample, "
+            "calibrate.sequences or calibrate.length."
+        )
+    whole = layer_output(bank, inputs, bank.route(seen))
+    if not bool(whole.isfinite().all()):
+        raise CheckpointError(
+            f"{where}: what the experts make of the sampled inputs must be finite. Got NaN or infinity instead. Check "
+            "the download of the checkpoint, or repair it."
+        )
+    return inputs, seen, whole
 
 
 @hookimpl

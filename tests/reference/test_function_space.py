@@ -13,7 +13,7 @@ from dernkit.builtin.function_space import FunctionSpace
 from dernkit.builtin.merges import Adopt
 from dernkit.builtin.refits import LeastSquares
 from dernkit.builtin.routers import Slice
-from dernkit.errors import CheckpointError
+from dernkit.errors import CheckpointError, RecipeError
 from dernkit.kernel import calls, least_squares
 from dernkit.kernel.after import after_surgery
 from dernkit.kernel.compress import compress_layer, target_width
@@ -263,3 +263,27 @@ def test_a_norm_behind_the_experts_is_refused() -> None:
     bank = replace(bank, finish=lambda outputs: outputs / 2)
     with pytest.raises(CheckpointError, match="experts must end with their down projection"):
         FunctionSpace().assign(bank, retained(bank, KEPT), stats)
+
+
+def test_a_sample_that_cannot_be_cut_into_parts_is_refused() -> None:
+    bank, stats = layer()
+    with pytest.raises(RecipeError, match=r"layer 0: must have 4 sampled inputs at least\. Got 3"):
+        FunctionSpace().assign(bank, retained(bank, KEPT), first(stats, 3))
+
+
+def test_outputs_that_are_not_finite_are_refused() -> None:
+    bank, stats = layer()
+    bank = replace(bank, act=lambda gate, up: up * torch.inf)
+    with pytest.raises(CheckpointError, match="what the experts make of the sampled inputs must be finite"):
+        FunctionSpace().assign(bank, retained(bank, KEPT), stats)
+
+
+@pytest.mark.parametrize("tokens", [64, 6])
+def test_a_pool_is_as_large_as_its_tokens_allow(tokens: int) -> None:
+    """Of two dropped experts of 5 neurons each: with few tokens only a quarter more than the own 5 are looked at."""
+    bank, stats = layer(top_k=1)
+    few = first(stats, tokens)
+    assert bank.route is not None
+    arrivals = plan_with(bank, few, FunctionSpace(parts=1)).assignment
+    per_expert = torch.bincount(arrivals.target, minlength=2)
+    assert int(per_expert.max()) <= (1 if tokens == 6 else 5)
