@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
 import torch
 from annotated_types import Interval
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from dernkit.api import CheckpointError, ExpertBank, LayerPlan, LayerStats, RecipeError, hookimpl
 from dernkit.kernel.function_space import features, turns
-from dernkit.kernel.least_squares import by_part, chosen_ridge, damping, parts, total
+from dernkit.kernel.least_squares import System, by_part, chosen_ridge, damping, parts, total
 from dernkit.kernel.outputs import layer_output
 
+_KEPT = 2**25
+"""Numbers of one expert's features that are kept between passes (128 MiB)."""
 RIDGES = (0.001, 0.01, 0.1, 1.0)
 """What λ is chosen from, relative to the mean of the Gram matrix' diagonal."""
 
@@ -52,22 +55,48 @@ class LeastSquares:
         routing = after.route(seen)
         residual = whole - layer_output(after, inputs, routing)
         change = torch.zeros(after.down.transpose(1, 2).shape, dtype=torch.float64)
-        ridges: dict[int, float | None] = {}
+        tasks = [_Turn(after, expert, inputs, rows, c) for expert, rows, c in turns(routing, range(len(change)))]
+        fits: dict[int, tuple[float, System] | None] = {}
         for _ in range(self.passes):
-            for expert, rows, coefficients in turns(routing, range(len(change))):
-                hidden = features(after, after.segments(expert), inputs[rows], coefficients)
+            for task in tasks:
+                hidden, rows = task.features(), task.rows
                 # What D⁰ gives is not wanted again: the penalty is on the change.
-                wanted = residual[rows] + hidden @ change[expert].to(torch.float32)
-                found = by_part(hidden, wanted, part[rows], self.parts)
-                if expert not in ridges:  # later passes go on with it, so that every turn lowers the same objective
-                    ridges[expert] = self.ridge or chosen_ridge(found, RIDGES)
-                ridge = ridges[expert]
-                if ridge is None:
+                wanted = residual[rows] + hidden @ change[task.expert].to(torch.float32)
+                if task.expert not in fits:  # later passes go on with λ, so that every turn lowers the same objective
+                    fits[task.expert] = self._fit(by_part(hidden, wanted, part[rows], self.parts))
+                if (fit := fits[task.expert]) is None:
                     continue
-                system = total(found)
-                change[expert] = system.solve(damping(system, ridge))
-                residual[rows] = wanted - hidden @ change[expert].to(torch.float32)
+                change[task.expert] = fit[1].towards(hidden, wanted).solve(fit[0])
+                residual[rows] = wanted - hidden @ change[task.expert].to(torch.float32)
         return (after.down.to(torch.float64) + change.transpose(1, 2)).to(torch.float32)
+
+    def _fit(self, found: Sequence[System]) -> tuple[float, System] | None:
+        """λ and the system of all parts; None: the expert stays as it is."""
+        ridge = self.ridge or chosen_ridge(found, RIDGES)
+        whole = total(found)
+        return None if ridge is None else (damping(whole, ridge), whole)
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One kept expert and its tokens."""
+
+    after: ExpertBank
+    expert: int
+    inputs: Float32[Tensor, "sampled hidden"]
+    rows: Int64[Tensor, " tokens"]
+    coefficients: Float32[Tensor, " tokens"]
+    _kept: Float32[Tensor, "tokens width"] | None = None
+
+    def features(self) -> Float32[Tensor, "tokens width"]:
+        """They are the same in every pass, and kept where they are small."""
+        if self._kept is not None:
+            return self._kept
+        segments = self.after.segments(self.expert)
+        found = features(self.after, segments, self.inputs[self.rows], self.coefficients)
+        if found.numel() <= _KEPT:
+            self._kept = found
+        return found
 
 
 def sampled_outputs(

@@ -57,6 +57,10 @@ class System(ABC):
         """That of some neurons."""
 
     @abstractmethod
+    def towards(self, hidden: Tensor, wanted: Float[Tensor, "tokens hidden"]) -> System:
+        """That of the same features, which are handed in again, and another y."""
+
+    @abstractmethod
     def squares(self) -> Float[Tensor, " neurons"]:
         """diag A."""
 
@@ -99,6 +103,9 @@ class ByNeurons(System):
     def of(self, neurons: Int64[Tensor, " some"]) -> ByNeurons:
         return ByNeurons(self.gram[neurons][:, neurons], self.right[neurons], self.squared)
 
+    def towards(self, hidden: Tensor, wanted: Float[Tensor, "tokens hidden"]) -> ByNeurons:
+        return ByNeurons(self.gram, *_right(hidden, wanted, self.gram.dtype))
+
     def squares(self) -> Float[Tensor, " neurons"]:
         return self.gram.diagonal()
 
@@ -140,6 +147,9 @@ class ByTokens(System):
 
     def of(self, neurons: Int64[Tensor, " some"]) -> ByTokens:
         return replace(self, hidden=self.hidden[:, neurons])
+
+    def towards(self, hidden: Tensor, wanted: Float[Tensor, "tokens hidden"]) -> ByTokens:
+        return ByTokens(hidden, wanted)
 
     def squares(self) -> Float[Tensor, " neurons"]:
         return self.hidden.square().sum(0, dtype=torch.float64)
@@ -213,14 +223,18 @@ def total(systems: Sequence[System]) -> System:
 def equations(hidden: Float32[Tensor, "tokens neurons"], wanted: Float32[Tensor, "tokens hidden"]) -> ByNeurons:
     """Of features h and what they should give, y; products of 4,096 tokens at a time in float32, their sums in float64
     for up to 4,096 neurons."""
-    count, dtype = hidden.shape[1], _dtype(hidden.shape[1])
-    gram, right = torch.zeros(count, count, dtype=dtype), torch.zeros(count, wanted.shape[1], dtype=dtype)
-    energy = 0.0
-    for h, y in zip(hidden.split(_ROWS), wanted.split(_ROWS), strict=True):
+    gram = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=_dtype(hidden.shape[1]))
+    for h in hidden.split(_ROWS):
         gram += h.T @ h
+    return ByNeurons(gram, *_right(hidden, wanted, gram.dtype))
+
+
+def _right(hidden: Tensor, wanted: Tensor, dtype: torch.dtype) -> tuple[Float[Tensor, "neurons hidden"], float]:
+    """``hᵀy`` and ``Σ‖y‖²``."""
+    right = torch.zeros(hidden.shape[1], wanted.shape[1], dtype=dtype)
+    for h, y in zip(hidden.split(_ROWS), wanted.split(_ROWS), strict=True):
         right += h.T @ y
-        energy += float(y.square().sum(dtype=torch.float64))
-    return ByNeurons(gram, right, energy)
+    return right, float(wanted.square().sum(dtype=torch.float64))
 
 
 def parts(stats: LayerStats, count: int) -> Int64[Tensor, " sampled"]:
