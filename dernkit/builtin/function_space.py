@@ -18,6 +18,9 @@ from dernkit.kernel.least_squares import System, by_part, damping, parts, total
 from dernkit.kernel.outputs import layer_output
 from dernkit.kernel.segments import finite_segments
 
+_LOOKED = 2048
+"""Tokens on which the strongest of many candidates are found."""
+
 
 @final
 @dataclass(frozen=True)
@@ -128,12 +131,13 @@ class _Task:
         return choice, target - pool[:, chosen] @ down.to(torch.float32)
 
     def _strongest(self, dropped: Float32[Tensor, "candidates parts features"], most: int) -> Int64[Tensor, " some"]:
-        """The candidates with the most output on these tokens, ascending."""
+        """The candidates with the most output on these tokens, or on 2,048 of them, ascending."""
         if len(dropped) <= most:
             return torch.arange(len(dropped))
+        inputs, coefficients = self.inputs[:_LOOKED], self.coefficients[:_LOOKED]
         output = torch.cat(
             [
-                features(self.bank, part, self.inputs, self.coefficients).square().sum(0, dtype=torch.float64)
+                features(self.bank, part, inputs, coefficients).square().sum(0, dtype=torch.float64)
                 * part[:, -1].square().sum(1, dtype=torch.float64)
                 for part in dropped.split(4096)
             ]
