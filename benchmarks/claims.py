@@ -1,6 +1,6 @@
 """What the DERN paper says, held against benchmarks/results: one verdict for each claim, model and ratio.
 
-    python benchmarks/claims.py [--write-docs]
+    python -m benchmarks.claims [--write-docs]
 
 Reads the results of the comparisons in benchmarks/comparisons (`make bench` makes them) and prints the tables of
 docs/explanation/does-dern-work.md; with --write-docs it puts them there, between their markers.
@@ -9,19 +9,15 @@ docs/explanation/does-dern-work.md; with --write-docs it puts them there, betwee
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from dernkit.compare.analysis import Comparison, Interval, compare_pair
+from benchmarks.tables import BASELINE, METRIC, RESULTS, ROOT, blocks, dropped, interval, markdown, pairs, write_page
+from dernkit.compare.analysis import Comparison, compare_pair
 from dernkit.compare.rows import ORIGINAL, Row, read_rows
 from dernkit.compare.statistics import holm
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "explanation" / "does-dern-work.md"
-METRIC = "perplexity/bits_per_byte"
-BASELINE = "prune-frequency"
 IDENTICAL = 1e-12
 """Bits per byte; two recipes that did the same differ by less."""
 
@@ -57,25 +53,6 @@ CLAIMS = (
     Claim("Adding router rows beats leaving them", "claims", "dern", "dern/slice"),
     Claim("… with 30% of the segments moved (rows)", "claims", "moved", "moved/slice"),
 )
-
-
-def blocks(rows: Sequence[Row], *recipes: str) -> Iterator[tuple[str, float, str]]:
-    """Model, ratio and calibration set of which all ``recipes`` were measured, in the order of the rows."""
-    found: dict[tuple[str, float, str], set[str]] = {}
-    for row in rows:
-        if row.recipe != ORIGINAL and not row.refused:
-            found.setdefault((row.model, row.keep, row.calibration), set()).add(row.recipe)
-    return (block for block, there in found.items() if there.issuperset(recipes))
-
-
-def pairs(rows: Sequence[Row], recipe: str, against: str) -> list[Comparison]:
-    """The comparison on every model and ratio."""
-    return [
-        compare_pair(
-            rows, model=model, keep=keep, calibration=calibration, metric=METRIC, recipe=recipe, against=against
-        )
-        for model, keep, calibration in blocks(rows, recipe, against)
-    ]
 
 
 def verdict(found: Comparison, p: float) -> str:
@@ -138,22 +115,6 @@ def thresholds_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return header, table
 
 
-def dropped(keep: float) -> str:
-    """A ratio in words."""
-    return f"{1 - keep:.1%} dropped".replace(".0%", "%")
-
-
-def interval(found: Interval | None, form: str) -> str:
-    """``estimate (low to high)``."""
-    return "-" if found is None else f"{found.estimate:{form}} ({found.low:{form}} to {found.high:{form}})"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
 def tables(results: dict[str, list[Row]]) -> dict[str, str]:
     """Name of a place in the page -> what goes there."""
     return {
@@ -165,16 +126,6 @@ def tables(results: dict[str, list[Row]]) -> dict[str, str]:
     }
 
 
-def write_page(found: dict[str, str]) -> None:
-    """Put each table between its markers."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, table in found.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
-    PAGE.write_text(text, encoding="utf-8")
-
-
 def main() -> None:
     """Print the tables, or write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -183,7 +134,7 @@ def main() -> None:
     results = {name: read_rows(RESULTS / name / "results.parquet") for name in ("methods", "claims", "smol")}
     found = tables(results)
     if arguments.write_docs:
-        write_page(found)
+        write_page(PAGE, found)
     else:
         print("\n\n".join(found.values()))
 

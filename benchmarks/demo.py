@@ -1,8 +1,8 @@
-"""The demo: halve the experts of the bundled model four ways and compare, on held-out text of every domain.
+"""The demo: halve the experts of the bundled model six ways and compare, on held-out text of every domain.
 
     python benchmarks/demo.py [--out runs/demo] [--write-readme]
 
-Runs `dernkit run` with four recipes on the trained Mixtral in benchmarks/testbeds/mixtral/model, loads each result in
+Runs `dernkit run` with six recipes on the trained Mixtral in benchmarks/testbeds/mixtral/model, loads each result in
 stock transformers, and prints one table: loss per domain, size, parameters.
 """
 
@@ -27,6 +27,8 @@ RECIPES = {
     "prune by REAP": "prune-reap",
     "DERN (paper)": "dern",
     "DERN (tuned)": "dern-tuned",
+    "narrower experts": "shrink-width",
+    "recombine": "recombine",
 }
 EVALUATION = "use: perplexity, path: benchmarks/testbeds/heldout, length: 256, batch_size: 32, limit: 20000"
 PROMPT = "The president of the United States"

@@ -55,6 +55,7 @@ __all__ = [
     "LayerStats",
     "Match",
     "Merge",
+    "Narrowing",
     "Observations",
     "Observing",
     "Pairwise",
@@ -74,6 +75,8 @@ __all__ = [
     "Source",
     "Subject",
     "hookimpl",
+    "Writer",
+    "Writing",
 ]
 
 hookimpl = pluggy.HookimplMarker("dernkit")
@@ -157,6 +160,19 @@ class Assigner(Protocol):
 
         A segment that is not listed is discarded; one that is listed with several targets goes to all of them.
         """
+        ...
+
+
+@runtime_checkable
+class Narrowing(Protocol):
+    """An assigner that can leave neurons of kept experts behind also where no expert is dropped.
+
+    Not a kind of its own: an assigner without ``narrows`` is not asked about such a layer.
+    """
+
+    @property
+    def narrows(self) -> bool:
+        """Whether its options say so."""
         ...
 
 
@@ -283,6 +299,35 @@ class Source(Protocol):
         self, tokenizer: Any, sequences: int, length: int, rng: torch.Generator
     ) -> Int64[Tensor, "sequences length"]:
         """Full sequences without padding; raises RecipeError when the source is too short for one."""
+        ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """The model, for sources that have it write."""
+
+    def continued(
+        self, prompts: Int64[Tensor, "sequences prompt"], length: int, choose: Callable[[Tensor], Tensor]
+    ) -> Int64[Tensor, "sequences length"]:
+        """Sequences of ``length`` tokens that begin with ``prompts`` (at least one token each).
+
+        ``choose`` gets the logits [sequences, vocabulary] of each next token in float32 and returns the tokens
+        [sequences], int64. Nothing ends a sequence early.
+        """
+        ...
+
+
+@runtime_checkable
+class Writing(Protocol):
+    """A source for which the model itself writes.
+
+    Not a kind of its own: where a source class has `write` as well, it is called in place of `tokens`.
+    """
+
+    def write(
+        self, model: Writer, tokenizer: Any, sequences: int, length: int, rng: torch.Generator
+    ) -> Int64[Tensor, "sequences length"]:
+        """Full sequences without padding, as `Source.tokens` returns them."""
         ...
 
 

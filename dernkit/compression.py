@@ -124,7 +124,9 @@ def _decided(
     stats = given or {}
     requires |= bound.requires
     if requires and bound.calibrate and (given is None or bound.calibrate.sequential):
-        sizes: Any = {"sample_size": bound.calibrate.sample, "seed": bound.seed, "progress": progress}
+        held_out = bound.calibrate.held_out(sum(batch.numel() for batch in tokens))
+        sizes: Any = {"sample_size": bound.calibrate.sample, "seed": bound.seed, "held_out": held_out}
+        sizes["progress"] = progress
         if bound.calibrate.sequential:
             return sequential.calibrate_live(model, blocks, tokens, requires, bound.plan, bound.apply, **sizes)
         stats = calibrate_live(model, blocks, tokens, requires, **sizes)

@@ -12,6 +12,7 @@ import yaml
 
 from dernkit.artifacts import read_json
 from dernkit.models.export import Export
+from dernkit.models.folder import RECORD
 from dernkit.models.source import SourceModel, open_source
 from dernkit.stages.apply import expert_bytes
 
@@ -41,6 +42,7 @@ def gather(out: Path, source: SourceModel, model: str, recipe: Recipe) -> dict[s
         }
         if calibrated
         else None,
+        "fits": read_json(out / "model" / RECORD).get("fits", {}),
         "stages": read_json(out / "run.json").get("stages", {}),
         "source": before,
         "result": after,

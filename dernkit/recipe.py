@@ -32,6 +32,7 @@ LENGTH = Number(integer=True, low=2, high=1_048_576)
 BATCH_SIZE = Number(integer=True, low=1, high=4096)
 SAMPLE = Number(integer=True, low=1, high=100_000_000)
 DEFAULT_SEED, DEFAULT_BATCH_SIZE, DEFAULT_SAMPLE = 0, 8, 16_384
+HOLDOUT, DEFAULT_HOLDOUT = Number(integer=False, low=0.0, high=0.5), 0.0
 SEQUENTIAL, DEFAULT_SEQUENTIAL = Flag(), False
 GROUPS, DEFAULT_GROUPS = Choice(("respect", "collapse")), "respect"
 WIDTH = Number(integer=True, low=1, high=10_000_000)
@@ -39,7 +40,7 @@ MTP, DEFAULT_MTP = Choice(("compress", "drop")), "compress"
 EXPORT, DEFAULT_EXPORT = Choice(("auto", "padded", "dernkit")), "auto"
 
 TOP = ("dernkit", "seed", "calibrate", "plan", "apply", "evaluate", "report")
-CALIBRATE = ("source", "sequences", "length", "batch_size", "sample", "sequential")
+CALIBRATE = ("source", "sequences", "length", "batch_size", "sample", "holdout", "sequential")
 PLAN = ("keep", "score", "budget", "select", "assign", "groups")
 APPLY = ("merge", "router", "refit", "width", "mtp", "export")
 
@@ -70,8 +71,15 @@ class CalibrateSpec:
     batch_size: int
     sample: int
     """Layer inputs in the reservoir, for components that read one."""
+    holdout: float = DEFAULT_HOLDOUT
+    """Share of the tokens, the last ones, of which no component sees layer inputs: the report tells each layer's error
+    on them."""
     sequential: bool = DEFAULT_SEQUENTIAL
     """Whether each layer sees what the compressed layers before it put out."""
+
+    def held_out(self, tokens: int) -> int:
+        """Of so many tokens."""
+        return int(self.holdout * tokens)
 
     def resolved(self, base: Path | None = None) -> dict[str, Any]:
         """The section as plain data; paths are absolute, or as they are seen from ``base``."""
@@ -208,6 +216,7 @@ def bind_calibrate(binder: Binder, here: Keys, known: Sequence[str] = CALIBRATE)
         length=binder.entry((*here, "length"), LENGTH),
         batch_size=binder.entry((*here, "batch_size"), BATCH_SIZE, DEFAULT_BATCH_SIZE),
         sample=binder.entry((*here, "sample"), SAMPLE, DEFAULT_SAMPLE),
+        holdout=binder.entry((*here, "holdout"), HOLDOUT, DEFAULT_HOLDOUT),
         sequential=binder.entry((*here, "sequential"), SEQUENTIAL, DEFAULT_SEQUENTIAL),
     )
 

@@ -186,6 +186,7 @@ class Run:
         def work() -> None:
             batches = calibration_batches(source, spec, self.recipe.seed)
             options: Any = {"sample_size": spec.sample, "seed": self.recipe.seed, "progress": self.progress}
+            options["held_out"] = spec.held_out(sum(batch.numel() for batch in batches))
             plans = None
             if self._sequential:
                 how = (self.recipe.plan, self.recipe.apply)
@@ -265,7 +266,7 @@ class Run:
             if not journal.began(folder, key):
                 fresh(folder)
             plans = plan.load_plan(self.out)
-            result = apply.apply_checkpoint(
+            applied = apply.apply_checkpoint(
                 source,
                 plans,
                 self.recipe.apply.merge,
@@ -282,9 +283,9 @@ class Run:
             )
             quantisation = str(source.scheme) if source.scheme else None
             mtp = bool(source.mtp.tensors)
-            text = card.render(self.model, self.recipe, plans, result, mtp=mtp, quantisation=quantisation)
+            text = card.render(self.model, self.recipe, plans, applied.export, mtp=mtp, quantisation=quantisation)
             (folder / "README.md").write_text(text, encoding="utf-8")
-            record = {"key": key, "source": fingerprint, "files": sizes(folder)}
+            record = {"key": key, "source": fingerprint, "fits": applied.fits, "files": sizes(folder)}
             (folder / MADE_FROM).write_text(json.dumps(record) + "\n", encoding="utf-8")
             replace_folder(folder, self.out / MODEL)
 
@@ -342,6 +343,7 @@ def calibration_batches(source: SourceModel, spec: CalibrateSpec, seed: int) -> 
     """Token ids [b, s] that a recipe's statistics are collected on, by the model's own tokenizer."""
     tokenizer = evaluate.load_tokenizer(source.path, trust_remote_code=source.trust_remote_code)
     rng = torch.Generator().manual_seed(seed)
-    tokens = calls.tokens(spec.source, tokenizer, spec.sequences, spec.length, rng)
+    asked = (spec.source, tokenizer, spec.sequences, spec.length, rng)
+    tokens = calls.tokens(*asked, writer=lambda: calibrate.writer_on_disk(source))
     calibrate.check_vocabulary(source, tokens)
     return calibrate.batched(tokens, spec.batch_size)

@@ -26,6 +26,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             "length": recipe.LENGTH.schema(),
             "batch_size": _default(recipe.BATCH_SIZE, recipe.DEFAULT_BATCH_SIZE),
             "sample": _default(recipe.SAMPLE, recipe.DEFAULT_SAMPLE),
+            "holdout": _default(recipe.HOLDOUT, recipe.DEFAULT_HOLDOUT),
             "sequential": _default(recipe.SEQUENTIAL, recipe.DEFAULT_SEQUENTIAL),
         },
         required=["source", "sequences", "length"],

@@ -19,7 +19,7 @@ A *segment* is one neuron of one expert: its P parts of D features each.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -168,12 +168,13 @@ STATISTICS: Mapping[str, str] = {
     "output_sq_sum": "[E] sum of ||E_e(x)||_2^2 over routed tokens",
     "reap_sum": "[E] sum of the norm of what the expert adds, coefficient * ||E_e(x)||_2, over routed tokens",
     "output_sum": "[E, H] sum of E_e(x) over routed tokens",
-    "sample": "[n, H] seeded reservoir of the experts' inputs, with its keys in `sample_key` [n]; `router_inputs` are "
-    "the same tokens as the router sees them",
+    "sample": "[n, H] seeded reservoir of the experts' inputs, with its keys in `sample_key` [n] and, in "
+    "`sample_token` [n], the tokens' indices in the calibration text; `router_inputs` are the same tokens as the "
+    "router sees them",
 }
 """Statistics that a component may name in ``requires``; `tokens` is always there. Sums are float64."""
 
-SAMPLED = frozenset({"sample", "sample_key", "router_sample"})
+SAMPLED = frozenset({"sample", "sample_key", "sample_token", "router_sample"})
 """What a reservoir holds; ``router_sample`` is there only where the router sees something else than the experts."""
 
 
@@ -185,11 +186,13 @@ class LayerStats:
         tokens: tokens that reached the layer.
         values: statistic name -> tensor; see :data:`STATISTICS`.
         sample_size: capacity of the reservoir (0 when no sample was asked for).
+        held_out: tokens at the end of the text of which no component sees samples; results are judged on them.
     """
 
     tokens: int
     values: Mapping[str, Tensor] = field(default_factory=dict)
     sample_size: int = 0
+    held_out: int = 0
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.values:
@@ -206,21 +209,39 @@ class LayerStats:
         """The sampled tokens as the router sees them: the rows of `sample` for nearly all families."""
         return self.values.get("router_sample", self["sample"])
 
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens of which components may see samples: they come before those that are held out."""
+        return self.tokens - self.held_out
+
     def only(self, names: frozenset[str]) -> LayerStats:
         """The same statistics restricted to ``names``: what a component that declares them may see."""
-        allowed = names | ({"sample_key", "router_sample"} if "sample" in names else frozenset())
+        allowed = names | (SAMPLED if "sample" in names else frozenset())
         kept = {name: value for name, value in self.values.items() if name in allowed}
-        return LayerStats(self.tokens, kept, self.sample_size)
+        return replace(self, values=kept)._samples(held_out=False)
+
+    def judges(self) -> LayerStats:
+        """The samples that are held out, and nothing else."""
+        sampled = {name: value for name, value in self.values.items() if name in SAMPLED}
+        return replace(self, values=sampled)._samples(held_out=True)
+
+    def _samples(self, *, held_out: bool) -> LayerStats:
+        if not self.held_out or "sample" not in self.values:
+            return self
+        rows = (self["sample_token"] >= self.sampled_tokens) == held_out
+        values = {name: value[rows] if name in SAMPLED else value for name, value in self.values.items()}
+        return replace(self, values=values)
 
     def __add__(self, other: LayerStats) -> LayerStats:
-        """Statistics of both token sets together; the reservoirs are joined by their keys."""
+        """Statistics of both token sets together; the reservoirs are joined by their keys, and the end that is held out
+        is that of the other."""
         sampled = [name for name in self.values if name in SAMPLED]
         both = {name: self[name] + other[name] for name in self.values if name not in SAMPLED}
         if sampled:
             order = torch.argsort(torch.cat([self["sample_key"], other["sample_key"]]), stable=True)
             kept = order[: self.sample_size]
             both |= {name: torch.cat([self[name], other[name]])[kept] for name in sampled}
-        return LayerStats(self.tokens + other.tokens, both, self.sample_size)
+        return LayerStats(self.tokens + other.tokens, both, self.sample_size, other.held_out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ blank lines). A long line that also occurs in an earlier slice is dropped from t
 manuals repeat themselves, so no such line is shared between the three splits.
 
     python -m benchmarks.testbeds.corpus        # writes heldout/<domain>.txt and calibration.txt
+    python -m benchmarks.testbeds.corpus --domains runs/testbeds/calibration   # each domain's calibration text alone
 """
 
 import argparse
@@ -126,8 +127,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, default=HERE / "corpus", help="folder of *.txt.xz files")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for heldout/ and calibration.txt")
+    parser.add_argument("--domains", type=Path, help="write <domain>.txt with calibration text there, and nothing else")
     args = parser.parse_args()
     splits = load_splits(args.corpus)
+    if args.domains is not None:
+        args.domains.mkdir(parents=True, exist_ok=True)
+        for split in splits:
+            (args.domains / f"{split.domain}.txt").write_text(split.calibration, encoding="utf-8")
+        return
     (args.out / "heldout").mkdir(parents=True, exist_ok=True)
     for split in splits:
         text = beginning(split.heldout, HELDOUT_CHARS)

@@ -28,6 +28,7 @@ class Markdown:
             _sizes(run),
             _evaluation(run),
             _layers(run),
+            _fits(run),
             _stages(run),
             _components(run),
         ]
@@ -121,6 +122,38 @@ def _layers(run: Mapping[str, Any]) -> list[str]:
         )
     header = ["layer", "kept experts", "segments moved", "discarded", "received by (expert: segments)", "saw no token"]
     return ["## Layers", "", *_table(header, rows)]
+
+
+def _fits(run: Mapping[str, Any]) -> list[str]:
+    fits = run["fits"]
+    if not fits:
+        return []
+    rows = [
+        [
+            layer,
+            _share(fit["inside"]),
+            _share(fit["outside"]),
+            f"{fit['fewest']:,}",
+            f"{fit['fewest'] / fit['width']:.1f}",
+        ]
+        for layer, fit in fits.items()
+    ]
+    header = ["layer", "error, fitted text", "error, held-out text", "fewest tokens of an expert", "tokens per neuron"]
+    note = [
+        "Squared error of the routed experts' sum as a share of its energy: on sampled inputs that the layer was "
+        "fitted to, and on those of the end of the text, which nothing was fitted to (`calibrate.holdout`)."
+    ]
+    short = [layer for layer, fit in fits.items() if fit["fewest"] < fit["width"]]
+    if short:
+        note.append(
+            f"In {len(short)} of {len(fits)} layers (first: {short[0]}) an expert has fewer sampled tokens than "
+            "neurons, and its projections hang on the ridge. Raise `calibrate.sample` and the number of tokens."
+        )
+    return ["## Refit", "", " ".join(note), "", *_table(header, rows)]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _stages(run: Mapping[str, Any]) -> list[str]:

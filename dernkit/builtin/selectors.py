@@ -56,14 +56,14 @@ class BestSubset:
     def select(self, bank: ExpertBank, scores: Float64[Tensor, " experts"], count: int, stats: LayerStats) -> Retention:
         dims, loss = bank.dims, subset_loss(bank, stats, self.tokens)
         if math.comb(dims.experts // dims.groups, count // dims.groups) ** dims.groups <= self.exhaustive:
-            kept = min(_subsets(dims, count), key=lambda subset: loss(subset))  # of equal ones the first
+            kept = min(subsets(dims, count), key=lambda subset: loss(subset))  # of equal ones the first
         else:
             gone = {expert for expert, _ in eliminate(dims, count, partial(without_each, loss))}
             kept = tuple(expert for expert in range(dims.experts) if expert not in gone)
         return Retention(scores, torch.tensor(kept))
 
 
-def _subsets(dims: LayerDims, count: int) -> Iterator[tuple[int, ...]]:
+def subsets(dims: LayerDims, count: int) -> Iterator[tuple[int, ...]]:
     """Subsets with as many experts of each of the router's groups, in lexicographical order."""
     size = dims.experts // dims.groups
     members = [range(start, start + size) for start in range(0, dims.experts, size)]

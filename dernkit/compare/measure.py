@@ -33,7 +33,15 @@ from dernkit.models.source import SourceModel, read_source
 from dernkit.models.stack import find_blocks
 from dernkit.progress import Silent
 from dernkit.registry import Registry
-from dernkit.stages.calibrate import batched, calibrate_live, check_vocabulary, load_stats, save_stats
+from dernkit.stages.calibrate import (
+    batched,
+    calibrate_live,
+    check_vocabulary,
+    eager_experts,
+    live_writer,
+    load_stats,
+    save_stats,
+)
 from dernkit.stages.evaluate import load_tokenizer
 from dernkit.types import CompressedLayer, LayerPlan, LayerStats
 
@@ -158,7 +166,9 @@ class Laboratory:
         loaded, spec = self._load(context.subject), context.spec
         assert spec is not None
         rng = torch.Generator().manual_seed(context.seed)
-        tokens = calls.tokens(spec.source, loaded.original.tokenizer, spec.sequences, spec.length, rng)
+        asked = (spec.source, loaded.original.tokenizer, spec.sequences, spec.length, rng)
+        with eager_experts(loaded.model):
+            tokens = calls.tokens(*asked, writer=lambda: live_writer(loaded.model, loaded.blocks))
         check_vocabulary(loaded.source, tokens)
         return batched(tokens, spec.batch_size)
 
@@ -176,14 +186,16 @@ class Laboratory:
     def _calibrate(self, context: Context, file: Path) -> None:
         loaded, spec = self._load(context.subject), context.spec
         assert spec is not None
+        batches = self._tokens(context)
         stats = calibrate_live(
             loaded.model,
             loaded.blocks,
-            self._tokens(context),
+            batches,
             context.requires,
             sample_size=spec.sample,
             seed=context.seed,
             progress=Silent(),
+            held_out=spec.held_out(sum(batch.numel() for batch in batches)),
         )
         partial = file.with_suffix(f".{os.getpid()}.partial")
         save_stats(stats, partial, context.key)

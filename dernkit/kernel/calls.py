@@ -5,7 +5,7 @@ Every function raises ContractError when a law of `contracts` is broken, with ki
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ from dernkit.api import (
     Similarity,
     Source,
     Subject,
+    Writer,
+    Writing,
 )
 from dernkit.errors import RecipeError
 from dernkit.kernel.contracts import FLOATING, Call, described
@@ -211,11 +213,20 @@ def refit(
 
 
 def tokens(
-    source: Source, tokenizer: Any, sequences: int, length: int, rng: torch.Generator
+    source: Source,
+    tokenizer: Any,
+    sequences: int,
+    length: int,
+    rng: torch.Generator,
+    writer: Callable[[], Writer] | None = None,
 ) -> Int64[Tensor, "sequences length"]:
-    """Full sequences of token ids."""
+    """Full sequences of token ids; a source that has the model write gets it from ``writer``."""
     call = Call("source", source)
-    found = call("tokens", tokenizer=tokenizer, sequences=sequences, length=length, rng=rng)
+    asked = {"tokenizer": tokenizer, "sequences": sequences, "length": length, "rng": rng}
+    if writer is not None and isinstance(source, Writing):
+        found = call("write", model=writer(), **asked)
+    else:
+        found = call("tokens", **asked)
     return call.tensor(found, "tokens", (sequences, length), torch.int64)
 
 

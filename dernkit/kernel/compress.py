@@ -33,10 +33,13 @@ def target_width(
         merge: how arrivals are merged.
         asked: the width that the recipe wants. None: the width as it is, or for a merge that widens, the largest pool
             of all layers, rounded up to ``multiple``; where nothing moves in any layer the width stays, odd or not.
+            Where kept experts leave so much behind that all pools are smaller, the largest one, rounded up to 8.
     """
     width = max(plan.width for plan in plans)
     if asked is not None:
         return asked
+    if merge is not None and (most := max(max(plan.pool_sizes()) for plan in plans)) < width:
+        return min(width, -(-most // 8) * 8)
     if merge is None or not merge.widens or not any(len(plan.assignment) for plan in plans):
         return width
     largest = max(max(plan.pool_sizes()) for plan in plans)

@@ -2,7 +2,7 @@
 
 The output of an expert is linear in its down projection: ``g(x) Σ_i d_i φ_i(x)``, φ the gated activations. So which
 neurons an expert should have, and their down columns, follow from the Gram matrix of ``h_i(x) = g(x) φ_i(x)`` over the
-tokens that reach it. Accumulated and solved in float64.
+tokens that reach it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from dernkit.kernel.least_squares import System
 from dernkit.kernel.outputs import segment_activations
 from dernkit.types import ExpertBank, Routing
-
-_ROWS = 4096
-"""Tokens that are converted to float64 at a time."""
 
 
 def turns(routing: Routing, experts: Sequence[int]) -> list[tuple[int, Tensor, Tensor]]:
@@ -47,72 +45,38 @@ def features(
     return coefficients[:, None] * segment_activations(segments, bank.act, inputs)
 
 
-def normal_equations(
-    hidden: Float32[Tensor, "tokens neurons"], wanted: Float32[Tensor, "tokens hidden"]
-) -> tuple[Float64[Tensor, "neurons neurons"], Float64[Tensor, "neurons hidden"]]:
-    """``A = hᵀh`` and ``B = hᵀy``."""
-    gram = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=torch.float64)
-    right = torch.zeros(hidden.shape[1], wanted.shape[1], dtype=torch.float64)
-    for h, y in zip(hidden.split(_ROWS), wanted.split(_ROWS), strict=True):
-        h64 = h.to(torch.float64)
-        gram.addmm_(h64.T, h64)
-        right.addmm_(h64.T, y.to(torch.float64))
-    return gram, right
-
-
-def penalty(gram: Float64[Tensor, "neurons neurons"], ridge: float) -> float:
-    """``λ = ridge · mean diag A``; above 0 also where no neuron is ever active."""
-    mean = float(gram.diagonal().mean()) if len(gram) else 0.0
-    return ridge * mean if mean > 0 else 1.0
-
-
-def solve(
-    gram: Float64[Tensor, "neurons neurons"], right: Float64[Tensor, "neurons hidden"], damping: float
-) -> Float64[Tensor, "neurons hidden"]:
-    """``(A + λI)⁻¹ B``."""
-    return torch.cholesky_solve(right, _factor(gram, damping))
-
-
-def saliency(
-    gram: Float64[Tensor, "neurons neurons"], right: Float64[Tensor, "neurons hidden"], damping: float
-) -> Float64[Tensor, " neurons"]:
+def saliency(system: System, damping: float) -> Float[Tensor, " neurons"]:
     """``‖w_i‖² / [(A + λI)⁻¹]_ii``, w = (A + λI)⁻¹B: what the damped error rises by when neuron i goes and all others
     are solved again (optimal brain surgeon, Hassibi & Stork 1993)."""
-    inverse = torch.cholesky_inverse(_factor(gram, damping))
-    return (inverse @ right).square().sum(1) / inverse.diagonal()
+    solved = system.solved(damping)
+    return solved.weights.square().sum(1) / solved.diagonal
 
 
 def select(
-    gram: Float64[Tensor, "neurons neurons"],
-    right: Float64[Tensor, "neurons hidden"],
-    damping: float,
-    count: int,
-    rounds: int,
-) -> tuple[Int64[Tensor, " chosen"], Float64[Tensor, " chosen"]]:
+    system: System, damping: float, count: int, rounds: int
+) -> tuple[Int64[Tensor, " chosen"], Float[Tensor, " chosen"]]:
     """``count`` neurons, ascending, with their saliency among them: the others go one by one, the least salient first.
 
     In each round about the same share of what is left goes, out of twice as many that are least salient at its
     beginning; within it saliencies follow exactly, so that of two equal neurons one stays. Ties go to the lowest index.
     """
-    left = torch.arange(len(gram))
+    left = torch.arange(len(system))
     for number in range(rounds, 0, -1):
         if len(left) <= count:
             break
         size = count if number == 1 else max(count, round(len(left) * (count / len(left)) ** (1 / number)))
-        left = left[_without(gram[left][:, left], right[left], damping, len(left) - size)]
-    return left, saliency(gram[left][:, left], right[left], damping)
+        left = left[_without(system.of(left), damping, len(left) - size)]
+    return left, saliency(system.of(left), damping)
 
 
-def _without(
-    gram: Float64[Tensor, "neurons neurons"], right: Float64[Tensor, "neurons hidden"], damping: float, gone: int
-) -> Int64[Tensor, " left"]:
+def _without(system: System, damping: float, gone: int) -> Int64[Tensor, " left"]:
     """Neurons that are left, ascending, when so many of the least salient go one by one."""
-    inverse = torch.cholesky_inverse(_factor(gram, damping))
-    weights = inverse @ right
-    order = (weights.square().sum(1) / inverse.diagonal()).argsort(stable=True)
+    solved = system.solved(damping)
+    order = (solved.weights.square().sum(1) / solved.diagonal).argsort(stable=True)
     some = order[: 2 * gone].sort().values
-    inverse, weights = inverse[some][:, some], weights[some]
-    stays = torch.ones(len(gram), dtype=torch.bool)
+    inverse, weights = solved.block(some), solved.weights[some]
+    del solved
+    stays = torch.ones(len(system), dtype=torch.bool)
     for _ in range(gone):
         diagonal = inverse.diagonal()
         found = torch.where(stays[some], weights.square().sum(1) / diagonal, torch.inf)
@@ -124,7 +88,3 @@ def _without(
         inverse.addr_(share, column, alpha=-1)
         inverse[least, least] = 1.0  # gone: never looked at again
     return stays.nonzero().flatten()
-
-
-def _factor(gram: Float64[Tensor, "neurons neurons"], damping: float) -> Float64[Tensor, "neurons neurons"]:
-    return torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=torch.float64))

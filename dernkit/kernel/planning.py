@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from dernkit.api import Assigner, Scorer, Selector
+from dernkit.api import Assigner, Narrowing, Scorer, Selector
 from dernkit.kernel import calls
-from dernkit.types import Assignment, ExpertBank, LayerPlan, LayerStats
+from dernkit.types import Assignment, ExpertBank, LayerPlan, LayerStats, Retention
 
 
 def plan_layer(
@@ -24,6 +24,11 @@ def plan_layer(
     return plan_from_scores(bank, stats, scores, kept_count, selector, assigner)
 
 
+def narrows(assigner: Assigner | None) -> bool:
+    """Whether it is also asked where no expert is dropped: `Narrowing`."""
+    return isinstance(assigner, Narrowing) and assigner.narrows
+
+
 def plan_from_scores(
     bank: ExpertBank,
     stats: LayerStats,
@@ -34,8 +39,10 @@ def plan_from_scores(
 ) -> LayerPlan:
     """As :func:`plan_layer`, for scores that are known (a budget needs those of all layers first)."""
     dims = bank.dims
-    if kept_count == dims.experts:
-        return LayerPlan(dims.layer, dims.experts, dims.width, scores, torch.arange(dims.experts), Assignment.empty())
-    retention = calls.select(selector, bank, scores, kept_count, stats)
+    everyone = torch.arange(dims.experts)
+    if kept_count == dims.experts and not narrows(assigner):
+        return LayerPlan(dims.layer, dims.experts, dims.width, scores, everyone, Assignment.empty())
+    whole = kept_count == dims.experts
+    retention = Retention(scores, everyone) if whole else calls.select(selector, bank, scores, kept_count, stats)
     assignment = Assignment.empty() if assigner is None else calls.assign(assigner, bank, retention, stats)
     return LayerPlan(dims.layer, dims.experts, dims.width, scores, retention.kept, assignment)

@@ -27,15 +27,24 @@ class Accumulator:
         seed: seed of the reservoir.
         first_token: index of the first token that `update` will see, so that a later part of a token stream can be
             accumulated on its own and added.
+        held_out: tokens at the end that `LayerStats.held_out` counts.
     """
 
     def __init__(
-        self, dims: LayerDims, requires: frozenset[str], *, sample_size: int, seed: int, first_token: int = 0
+        self,
+        dims: LayerDims,
+        requires: frozenset[str],
+        *,
+        sample_size: int,
+        seed: int,
+        first_token: int = 0,
+        held_out: int = 0,
     ) -> None:
         self._dims = dims
         self._requires = requires
         self._sample_size = sample_size if "sample" in requires else 0
         self._seed = seed
+        self._held_out = held_out
         self._next = first_token
         shapes: dict[str, tuple[int, ...]] = {name: (dims.experts,) for name in requires if name != "sample"}
         if "output_sum" in requires:
@@ -105,7 +114,8 @@ class Accumulator:
                 self._sums[name][expert] += value
 
     def _sample(self, inputs: Tensor, router_inputs: Tensor | None) -> None:
-        rows = {"sample_key": sample_keys(self._seed, self._next, len(inputs)), "sample": inputs}
+        token = torch.arange(self._next, self._next + len(inputs))
+        rows = {"sample_key": sample_keys(self._seed, token), "sample_token": token, "sample": inputs}
         if router_inputs is not None:
             rows["router_sample"] = router_inputs
         if self._reservoir:
@@ -120,7 +130,7 @@ class Accumulator:
             if not self._reservoir:
                 raise ContractError(f"layer {self._dims.layer}: a sample must be drawn from at least one token.")
             values |= self._reservoir
-        return LayerStats(self._tokens, values, self._sample_size)
+        return LayerStats(self._tokens, values, self._sample_size, self._held_out)
 
 
 def _per_expert(chosen: Int64[Tensor, "n top_k"], values: Tensor, experts: int) -> Tensor:
@@ -128,13 +138,13 @@ def _per_expert(chosen: Int64[Tensor, "n top_k"], values: Tensor, experts: int) 
     return sums.index_add_(0, chosen.reshape(-1), values.reshape(-1))[:experts]
 
 
-def sample_keys(seed: int, first: int, count: int) -> Int64[Tensor, " n"]:
-    """Keys of the tokens ``first … first + count - 1``; the reservoir keeps the smallest (bottom-k sampling).
+def sample_keys(seed: int, token: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+    """Keys of tokens by their index in the stream; the reservoir keeps the smallest (bottom-k sampling).
 
     splitmix64 of (seed, token index), computed with int64 wrap-around, so that a token's key depends on nothing else:
     reservoirs of two parts of a stream can be joined, and all layers sample the same tokens.
     """
-    x = torch.arange(first + 1, first + count + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15)
+    x = (token + 1) * _signed(0x9E3779B97F4A7C15)
     x = x + _signed((seed * 0xD1342543DE82EF95 + 0x2545F4914F6CDD1D) % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _unsigned_shift(x, shift)) * _signed(factor)

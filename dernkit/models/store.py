@@ -110,6 +110,13 @@ class Store:
         keys = [key for key in self.keys_below(owner) if not self.target[key].startswith(inside)]
         self._load(keys, "the parts outside the decoder layers")
 
+    def load_outside(self, layers: Sequence[str]) -> None:
+        """Make real all but the ``layers``, the head included, and tie what the checkpoint holds once."""
+        self.load_around("", layers)
+        inside = tuple(layer + "." for layer in layers)
+        left = {name for name, tensor in self._parameters() if tensor.is_meta and not name.startswith(inside)}
+        self.model.tie_weights(missing_keys=left)
+
     def unload(self, prefix: str) -> None:
         """Put the parameters below the module ``prefix`` back on the meta device."""
         for module in self.model.get_submodule(prefix).modules():

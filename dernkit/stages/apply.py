@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from torch import Tensor
 from dernkit.api import Block, Merge, Refit, Router
 from dernkit.errors import CheckpointError
 from dernkit.kernel.compress import NO_STATISTICS, check_width, compress_layer, target_width
+from dernkit.kernel.fit import Fit, judge
 from dernkit.kernel.selection import kept_count, limits
 from dernkit.models.export import Export, export_of
 from dernkit.models.folder import copy_other_files, edited_config, verify
@@ -89,6 +90,15 @@ def _filled(compressed: CompressedLayer, block: Block, plan: LayerPlan, result: 
     return padded(compressed, block.bank(), result.most, bias, groups=groups)
 
 
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What `apply_checkpoint` did."""
+
+    export: Export
+    fits: Mapping[str, Mapping[str, Any]]
+    """The fields of `Fit` of every refitted layer, by its number."""
+
+
 def apply_checkpoint(
     source: SourceModel,
     plans: Sequence[LayerPlan],
@@ -104,7 +114,7 @@ def apply_checkpoint(
     export: str = "auto",
     stats: Mapping[int, LayerStats] = MappingProxyType({}),
     refit: Refit | None = None,
-) -> Export:
+) -> Applied:
     """Stream the compressed checkpoint into ``folder``, one block's weights in memory at a time.
 
     Args:
@@ -138,8 +148,9 @@ def apply_checkpoint(
         for work in works:
             if work.layer not in journal.done:
                 seen = stats.get(work.plan.layer, NO_STATISTICS)
-                writer.put(_compressed(work, merge, router, width, seed, seen, refit))
-                journal.add(work.layer)
+                tensors, fit = _compressed(work, merge, router, width, seed, seen, refit)
+                writer.put(tensors)
+                journal.add(work.layer, None if fit is None else asdict(fit))
             tracker.advance(1, f"layer {work.layer}")
     writer.copy_untouched()
     writer.finish()
@@ -151,7 +162,7 @@ def apply_checkpoint(
     if result.kind == "padded":
         check_padding(*written.open(), result.counts)
     journal.remove()
-    return result
+    return Applied(result, journal.facts)
 
 
 def result_bytes(
@@ -269,7 +280,7 @@ def _compressed(
     seed: int,
     stats: LayerStats,
     refit: Refit | None,
-) -> Mapping[str, Tensor]:
+) -> tuple[Mapping[str, Tensor], Fit | None]:
     store, block = work.store, work.block
     modules = block.modules(width)
     for path in modules:
@@ -278,11 +289,13 @@ def _compressed(
     with torch.no_grad():
         # What was sampled is the input of the last MoE layer, not that of a multi-token-prediction layer.
         refit = refit if isinstance(work.layer, int) else None
-        compressed = compress_layer(block.bank(), work.plan, merge, router, width, seed, stats, refit)
+        bank = block.bank()
+        compressed = compress_layer(bank, work.plan, merge, router, width, seed, stats, refit)
+        fit = None if refit is None else judge(bank, compressed, work.plan, stats)
         resized = block.resized(_filled(compressed, block, work.plan, work.result))
     for path in modules:
         store.unload(path)
-    return work.to_disk(resized)
+    return work.to_disk(resized), fit
 
 
 def _check_round_trip(store: Store, block: Block) -> None:

@@ -19,10 +19,11 @@ from dernkit.models.replay import Loader, replay
 from dernkit.models.rerouting import routes_again
 from dernkit.models.source import SourceModel
 from dernkit.models.stack import Stack, decoder_stack
+from dernkit.models.writing import ModelWriter
 from dernkit.progress import Progress
 from dernkit.types import LayerStats
 
-_SAMPLE_SIZE = "sample_size"
+_SAMPLE_SIZE, _HELD_OUT = "sample_size", "held_out"
 
 
 def calibrate_checkpoint(
@@ -34,6 +35,7 @@ def calibrate_checkpoint(
     seed: int,
     progress: Progress,
     first_token: int = 0,
+    held_out: int = 0,
 ) -> dict[int, LayerStats]:
     """Statistics from disk, layer by layer.
 
@@ -45,11 +47,14 @@ def calibrate_checkpoint(
         seed: seed of the reservoir.
         progress: where to report tokens.
         first_token: index of the first token in a longer stream; see :class:`Accumulator`.
+        held_out: tokens at the end of which no component sees samples.
     """
     store, blocks = source.open()
     stack = decoder_stack(store.model, blocks)
     store.load_around(stack.owner_path, stack.paths)
-    collector = Collector(blocks, requires, sample_size=sample_size, seed=seed, first_token=first_token)
+    collector = Collector(
+        blocks, requires, sample_size=sample_size, seed=seed, first_token=first_token, held_out=held_out
+    )
     return collector.run(stack, batches, store, progress)
 
 
@@ -63,11 +68,27 @@ def calibrate_live(
     seed: int,
     progress: Progress,
     first_token: int = 0,
+    held_out: int = 0,
 ) -> dict[int, LayerStats]:
     """The same statistics, bit for bit, from a model that is whole in memory."""
-    collector = Collector(blocks, requires, sample_size=sample_size, seed=seed, first_token=first_token)
+    collector = Collector(
+        blocks, requires, sample_size=sample_size, seed=seed, first_token=first_token, held_out=held_out
+    )
     with eager_experts(model):
         return collector.run(decoder_stack(model, blocks), batches, Live(), progress)
+
+
+def writer_on_disk(source: SourceModel) -> ModelWriter:
+    """The model on disk, one decoder layer in memory, to write text with."""
+    store, blocks = source.open()
+    stack = decoder_stack(store.model, blocks)
+    store.load_outside(stack.paths)
+    return ModelWriter(store.model, stack, store)
+
+
+def live_writer(model: Any, blocks: Sequence[Block]) -> ModelWriter:
+    """The same text, bit for bit, from a model that is whole in memory and under `eager_experts`."""
+    return ModelWriter(model, decoder_stack(model, blocks), Live())
 
 
 class Live:
@@ -105,6 +126,7 @@ class Collector:
         sample_size: int,
         seed: int,
         first_token: int = 0,
+        held_out: int = 0,
     ) -> None:
         self._blocks = {block.layer: block for block in blocks}
         self._reroutable: dict[int, bool] = {}
@@ -113,10 +135,8 @@ class Collector:
             raise CheckpointError(
                 "calibration: a decoder layer must have one MoE block. Got a layer with several instead."
             )
-        self._accumulators = {
-            block.layer: Accumulator(block.dims, requires, sample_size=sample_size, seed=seed, first_token=first_token)
-            for block in blocks
-        }
+        how: Any = {"sample_size": sample_size, "seed": seed, "first_token": first_token, "held_out": held_out}
+        self._accumulators = {block.layer: Accumulator(block.dims, requires, **how) for block in blocks}
 
     def run(self, stack: Stack, batches: Sequence[Tensor], loader: Loader, progress: Progress) -> dict[int, LayerStats]:
         """Replay all batches and return the statistics by decoder layer."""
@@ -200,7 +220,7 @@ def batched(tokens: Tensor, batch_size: int) -> list[Tensor]:
 
 
 def save_stats(stats: Mapping[int, LayerStats], file: Path, key: str) -> None:
-    """Write `layers.<index>.<statistic>` tensors; ``tokens`` and `sample_size` are int64 scalars.
+    """Write `layers.<index>.<statistic>` tensors; ``tokens``, `sample_size` and `held_out` are int64 scalars.
 
     The file's only metadata is ``key``, the digest of what it was made from (several come out in random order).
 
@@ -209,7 +229,8 @@ def save_stats(stats: Mapping[int, LayerStats], file: Path, key: str) -> None:
     """
     refuse_non_finite(stats)
     sample_size = max((values.sample_size for values in stats.values()), default=0)
-    tensors = {_SAMPLE_SIZE: torch.tensor(sample_size)}
+    held_out = max((values.held_out for values in stats.values()), default=0)
+    tensors = {_SAMPLE_SIZE: torch.tensor(sample_size), _HELD_OUT: torch.tensor(held_out)}
     for layer, values in stats.items():
         tensors[f"layers.{layer}.tokens"] = torch.tensor(values.tokens)
         tensors |= {f"layers.{layer}.{name}": value.contiguous() for name, value in values.values.items()}
@@ -241,8 +262,9 @@ def load_stats(file: Path) -> dict[int, LayerStats]:
     values: dict[int, dict[str, Tensor]] = {}
     with safe_open(file, "pt") as stored:
         sample_size = int(stored.get_tensor(_SAMPLE_SIZE))
+        held_out = int(stored.get_tensor(_HELD_OUT)) if _HELD_OUT in stored.keys() else 0  # noqa: SIM118
         for key in stored.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-            if key == _SAMPLE_SIZE:
+            if key in (_SAMPLE_SIZE, _HELD_OUT):
                 continue
             _, layer, name = key.split(".", 2)
             tensor = stored.get_tensor(key)
@@ -255,4 +277,4 @@ def load_stats(file: Path) -> dict[int, LayerStats]:
                 tokens[int(layer)] = int(tensor)
             else:
                 values.setdefault(int(layer), {})[name] = tensor
-    return {layer: LayerStats(tokens[layer], values.get(layer, {}), sample_size) for layer in sorted(tokens)}
+    return {layer: LayerStats(tokens[layer], values.get(layer, {}), sample_size, held_out) for layer in sorted(tokens)}

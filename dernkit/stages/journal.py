@@ -29,16 +29,21 @@ class Journal:
     def __init__(self, file: Path, key: str, *, fresh: bool) -> None:
         self._file, self._key = file, key
         stored = _read(file)
-        self.done: list[int | str] = [] if fresh or stored.get("key") != key else stored["done"]
+        found = {} if fresh or stored.get("key") != key else stored
+        self.done: list[int | str] = found.get("done", [])
+        self.facts: dict[str, Any] = found.get("facts", {})
+        """What is to be remembered of layers, by their numbers."""
         self._write()
 
-    def add(self, layer: int | str) -> None:
+    def add(self, layer: int | str, facts: Any = None) -> None:
         self.done.append(layer)
+        if facts is not None:
+            self.facts[str(layer)] = facts
         self._write()
 
     def _write(self) -> None:
         temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"key": self._key, "done": self.done}), encoding="utf-8")
+        temporary.write_text(json.dumps({"key": self._key, "done": self.done, "facts": self.facts}), encoding="utf-8")
         os.replace(temporary, self._file)
 
     def remove(self) -> None:

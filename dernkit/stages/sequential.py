@@ -57,6 +57,7 @@ def calibrate_checkpoint(
     sample_size: int,
     seed: int,
     progress: Progress,
+    held_out: int = 0,
 ) -> Result:
     """Statistics and plans from disk, one decoder layer in memory.
 
@@ -69,6 +70,7 @@ def calibrate_checkpoint(
         sample_size: capacity of the reservoir of layer inputs.
         seed: of the reservoir and of the merges.
         progress: where to report tokens.
+        held_out: tokens at the end of which no component sees samples.
     """
     (store, blocks), (exact_store, exact) = source.open(), source.open(keep_dtypes=True)
     collapse = decisions.groups == "collapse"
@@ -80,7 +82,7 @@ def calibrate_checkpoint(
         decisions=decisions,
         surgery=surgery,
         seed=seed,
-        collector=Collector(blocks, requires, sample_size=sample_size, seed=seed),
+        collector=Collector(blocks, requires, sample_size=sample_size, seed=seed, held_out=held_out),
     )
     stack = decoder_stack(store.model, blocks)
     store.load_around(stack.owner_path, stack.paths)
@@ -98,9 +100,10 @@ def calibrate_live(
     sample_size: int,
     seed: int,
     progress: Progress,
+    held_out: int = 0,
 ) -> Result:
     """The same, bit for bit, from a model that is whole in memory and stays as it is; ``blocks`` are `regrouped`."""
-    collector = Collector(blocks, requires, sample_size=sample_size, seed=seed)
+    collector = Collector(blocks, requires, sample_size=sample_size, seed=seed, held_out=held_out)
     with eager_experts(model):
         return _Sequence(model, blocks, blocks, Live(), decisions, surgery, seed, collector).run(
             batches, Live(), progress

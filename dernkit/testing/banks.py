@@ -86,6 +86,7 @@ def random_stats(bank: ExpertBank, *, tokens: int = 100, seed: int = 0, sample: 
             "output_sum": torch.randn(experts, hidden, generator=rng, dtype=torch.float64),
             "sample": torch.randn(sample, hidden, generator=rng),
             "sample_key": torch.rand(sample, generator=rng, dtype=torch.float64).sort().values,
+            "sample_token": torch.randperm(max(tokens, sample), generator=rng)[:sample],
         },
         sample_size=sample,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dernkit.api import Writing
 from dernkit.testing import cases
 from dernkit.testing.cases import CASES, Case
 from dernkit.types import LayerStats, Pool
@@ -111,6 +112,21 @@ _ARGUMENTS: Mapping[str, Callable[[Any], Iterator[Arguments]]] = {
 LAYER_KINDS = tuple(_ARGUMENTS)
 """Kinds that work on layers; the others need files, models or runs."""
 
+
+class _Monkey:
+    """A model to which all tokens of the kit's tokenizer are equally likely."""
+
+    def continued(
+        self, prompts: torch.Tensor, length: int, choose: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        from dernkit.testing.checkpoints import tiny_tokenizer
+
+        logits = torch.zeros(len(prompts), len(tiny_tokenizer()))
+        while prompts.shape[1] < length:
+            prompts = torch.cat([prompts, choose(logits)[:, None]], dim=1)
+        return prompts
+
+
 _CALLS: Mapping[str, Callable[..., Any]] = {
     "scorer": lambda component, *given: component.score(*given),
     "budget": allocated,
@@ -120,7 +136,9 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
     "merge": _call_merge,
     "router": lambda component, *given: component.update(*given),
     "refit": lambda component, *given: component.refit(*given),
-    "source": lambda component, *given: component.tokens(*given),
+    "source": lambda component, *given: (
+        component.write(_Monkey(), *given) if isinstance(component, Writing) else component.tokens(*given)
+    ),
     "evaluator": lambda component, *given: component.evaluate(*given),
     "report": lambda component, *given: component.render(*given),
 }

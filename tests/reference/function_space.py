@@ -33,6 +33,22 @@ def gram_and_right(hidden: list[list[float]], wanted: list[list[float]]) -> tupl
     return gram, right
 
 
+def left_out_errors(hidden: Tensor, wanted: Tensor, part: list[int], ridges: Sequence[float]) -> dict[float, float]:
+    """By ridge: the squared error on each part of what was solved on the others, with one λ for all of them."""
+    h, y = hidden.double(), wanted.double()
+    mean = float(h.square().sum(0).mean())
+    errors = {}
+    for ridge in ridges:
+        errors[ridge] = 0.0
+        for left_out in set(part):
+            inside = torch.tensor([number != left_out for number in part])
+            rows = torch.cat([h[inside], (ridge * mean) ** 0.5 * torch.eye(h.shape[1], dtype=torch.float64)])
+            target = torch.cat([y[inside], torch.zeros(h.shape[1], y.shape[1], dtype=torch.float64)])
+            weights = torch.linalg.lstsq(rows, target).solution
+            errors[ridge] += float((h[~inside] @ weights - y[~inside]).square().sum())
+    return errors
+
+
 def damped_error(gram: Tensor, right: Tensor, damping: float, chosen: Sequence[int]) -> float:
     """``min_D Σ_t ‖y − D h‖² + λ ‖D‖²`` over the chosen neurons, less ``Σ ‖y‖²``."""
     some = list(chosen)
@@ -84,3 +100,37 @@ def objective(bank: Any, after: Any, inputs: Tensor, before: Any, now: Any, down
         mean = float(diagonal[expert].mean())
         total += (ridge * mean if mean > 0 else 1.0) * float(change)
     return total
+
+
+def refit_loss(
+    bank: Any, inputs: Tensor, before: Any, now: Any, kept: Sequence[int], second: Sequence[bool], ridge: float
+) -> float:
+    """Projections of the experts in turn, most weight first, fitted to what is left of the output on the first half."""
+    size = bank.down.shape[1]
+
+    def features(expert: int, t: int, coefficient: float) -> Tensor:
+        values = [coefficient * activation(bank, segment, inputs[t]) for segment in bank.segments(expert)]
+        return torch.tensor(values, dtype=torch.float64)
+
+    used: dict[int, dict[int, Tensor]] = {expert: {} for expert in kept}
+    weight = dict.fromkeys(kept, 0.0)
+    residual = torch.zeros(len(inputs), size, dtype=torch.float64)
+    for t in range(len(inputs)):
+        for expert, c in zip(before.chosen[t].tolist(), before.coefficients[t].tolist(), strict=True):
+            residual[t] += features(expert, t, c) @ bank.segments(expert)[:, -1, :size].double()
+        for expert, c in zip(now.chosen[t].tolist(), now.coefficients[t].tolist(), strict=True):
+            used[expert][t] = features(expert, t, c)
+            weight[expert] += c
+            residual[t] -= used[expert][t] @ bank.segments(expert)[:, -1, :size].double()
+    for expert in sorted(kept, key=lambda expert: -weight[expert]):
+        tokens = list(used[expert])
+        fitted = [t for t in tokens if not second[t]]
+        for t in tokens:
+            residual[t] += used[expert][t] @ bank.segments(expert)[:, -1, :size].double()
+        h = torch.stack([used[expert][t] for t in fitted])
+        mean = float(h.square().sum(0).mean())
+        gram = h.T @ h + ridge * mean * torch.eye(h.shape[1], dtype=torch.float64)
+        down = torch.linalg.solve(gram, h.T @ torch.stack([residual[t] for t in fitted]))
+        for t in tokens:
+            residual[t] -= used[expert][t] @ down
+    return float(residual[torch.tensor(second)].square().sum())

@@ -83,6 +83,7 @@ def test_a_resolved_recipe_writes_every_default_out(tmp_path: Path) -> None:
             "length": 2048,
             "batch_size": 8,
             "sample": 16384,
+            "holdout": 0.0,
             "sequential": False,
         },
         "plan": {

@@ -15,7 +15,7 @@ from dernkit.components import KINDS
 from dernkit.errors import RecipeError
 from dernkit.testing.law import Broken, Check, require
 from dernkit.testing.laws.common import common_laws
-from dernkit.testing.trials import Trial, generator
+from dernkit.testing.trials import Trial, call, generator
 
 SEQUENCES, LENGTH = 4, 16
 TOO_MANY = 10**9
@@ -139,7 +139,7 @@ def listed_conversions(architecture: Any, given: Made) -> None:
 
 
 def _tokens(source: Any) -> Any:
-    return source.tokens(_tokenizer(), SEQUENCES, LENGTH, generator())
+    return call("source", source, (_tokenizer(), SEQUENCES, LENGTH, generator()))
 
 
 def _finite(value: Any) -> bool:
