@@ -39,10 +39,10 @@ def plan_from_scores(
 ) -> LayerPlan:
     """As :func:`plan_layer`, for scores that are known (a budget needs those of all layers first)."""
     dims = bank.dims
-    everyone = torch.arange(dims.experts)
-    if kept_count == dims.experts and not narrows(assigner):
-        return LayerPlan(dims.layer, dims.experts, dims.width, scores, everyone, Assignment.empty())
-    whole = kept_count == dims.experts
-    retention = Retention(scores, everyone) if whole else calls.select(selector, bank, scores, kept_count, stats)
+    if kept_count < dims.experts:
+        retention = calls.select(selector, bank, scores, kept_count, stats)
+    else:
+        retention = Retention(scores, torch.arange(dims.experts))
+        assigner = assigner if narrows(assigner) else None
     assignment = Assignment.empty() if assigner is None else calls.assign(assigner, bank, retention, stats)
     return LayerPlan(dims.layer, dims.experts, dims.width, scores, retention.kept, assignment)
