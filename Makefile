@@ -12,13 +12,14 @@ TRANSFORMERS4_VENV ?= .venv-transformers4
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo bench bench-quick test test-all record-families test-slow test-clients record-clients lint clean clean-venv
+.PHONY: help demo bench bench-quick bench-recombination test test-all record-families test-slow test-clients record-clients lint clean clean-venv
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo            compress the bundled model with every recipe and print the results side by side"
 	@echo "make bench-quick     compare the main methods on the bundled Mixtral (ten minutes), with a report to look at"
 	@echo "make bench           train and carve the other testbeds where they are not there, and compare everything on all (hours)"
+	@echo "make bench-recombination  compare recombination's parts, widths and calibration texts (an hour or two)"
 	@echo "make test            lint, then all tests but the slow ones, on a dozen model families"
 	@echo "make test-all        the same for every model family (half an hour)"
 	@echo "make record-families the laws on every model family, and writes docs/reference/architectures.md"
@@ -38,8 +39,8 @@ demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo.py
 
 # Plugins that take part in comparisons lie outside the environment: the tests must not see them.
-bench bench-quick: export PYTHONPATH = runs/plugins
-bench bench-quick: export HF_HUB_DISABLE_PROGRESS_BARS = 1
+bench bench-quick bench-recombination: export PYTHONPATH = runs/plugins
+bench bench-quick bench-recombination: export HF_HUB_DISABLE_PROGRESS_BARS = 1
 COMPARE = $(BIN)/dernkit compare --jobs $(WORKERS)
 
 TRAIN = $(BIN)/python -m benchmarks.testbeds.fine_grained
@@ -61,7 +62,15 @@ bench: $(VENV)/.bench benchmarks/testbeds/qwen2_moe/routing.md benchmarks/testbe
 	$(COMPARE) benchmarks/comparisons/claims.yaml --out benchmarks/results/claims
 	$(COMPARE) benchmarks/comparisons/smol.yaml --out benchmarks/results/smol
 	$(BIN)/python benchmarks/fit_profile.py
-	$(BIN)/python benchmarks/claims.py --write-docs
+	$(BIN)/python -m benchmarks.claims --write-docs
+
+bench-recombination: $(VENV)/.bench benchmarks/testbeds/qwen2_moe/routing.md benchmarks/testbeds/deepseek/routing.md
+	$(BIN)/python -m benchmarks.testbeds.corpus --domains runs/testbeds/calibration
+	$(COMPARE) benchmarks/comparisons/recombination.yaml --out benchmarks/results/recombination
+	$(COMPARE) benchmarks/comparisons/variants.yaml --out benchmarks/results/variants
+	$(COMPARE) benchmarks/comparisons/width.yaml --out benchmarks/results/width
+	$(COMPARE) benchmarks/comparisons/calibration-text.yaml --out benchmarks/results/calibration-text
+	$(BIN)/python -m benchmarks.recombination --write-docs
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not clients and not families" -n $(WORKERS)

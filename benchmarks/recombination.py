@@ -2,14 +2,14 @@
 
     python -m benchmarks.recombination [--write-docs]
 
-Reads the results of the comparisons recombination, variants, width and calibration-text (`make bench-recombination`
-makes them) and prints the tables; with --write-docs it puts them into the page, between their markers.
+Reads those results of the comparisons recombination, variants, width and calibration-text that are there (`make
+bench-recombination` makes them) and prints their tables; with --write-docs it puts them into the page.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from benchmarks.tables import BASELINE, METRIC, RESULTS, ROOT, dropped, interval, markdown, pairs, write_page
@@ -148,21 +148,25 @@ def _by_domain(rows: Sequence[Row], model: str, calibration: str) -> Iterator[tu
                 yield name.removeprefix(f"{LOSS}/"), values[0] - values[1]
 
 
+TABLES: dict[str, dict[str, Callable[[Sequence[Row]], Table]]] = {
+    "recombination": {"reached": reached, "three-quarters": three_quarters},
+    "variants": {"variants": variants},
+    "width": {"widths": widths},
+    "calibration-text": {"texts": texts, "domains": other_domains},
+}
+"""Comparison -> place in the page -> what goes there."""
+
+
 def main() -> None:
     """Print the tables, or write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write-docs", action="store_true", help="put the tables into the page")
     arguments = parser.parse_args()
-    names = ("recombination", "variants", "width", "calibration-text")
-    rows = {name: read_rows(RESULTS / name / "results.parquet") for name in names}
-    found = {
-        "reached": reached(rows["recombination"]),
-        "three-quarters": three_quarters(rows["recombination"]),
-        "variants": variants(rows["variants"]),
-        "widths": widths(rows["width"]),
-        "texts": texts(rows["calibration-text"]),
-        "domains": other_domains(rows["calibration-text"]),
-    }
+    found: dict[str, Table] = {}
+    for comparison, places in TABLES.items():
+        file = RESULTS / comparison / "results.parquet"
+        if file.exists():
+            found |= {place: table(read_rows(file)) for place, table in places.items()}
     tables = {name: markdown(*table) for name, table in found.items()}
     if arguments.write_docs:
         write_page(PAGE, tables)
