@@ -291,7 +291,7 @@ def _compressed(
         refit = refit if isinstance(work.layer, int) else None
         bank = block.bank()
         compressed = compress_layer(bank, work.plan, merge, router, width, seed, stats, refit)
-        fit = None if refit is None else judge(bank, compressed, work.plan, stats)
+        fit = None if refit is None or "sample" not in stats.values else judge(bank, compressed, work.plan, stats)
         resized = block.resized(_filled(compressed, block, work.plan, work.result))
     for path in modules:
         store.unload(path)
