@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,9 +19,10 @@ from dernkit.registry import Registry
 from dernkit.run import calibration_batches
 from dernkit.testing.banks import random_bank
 from dernkit.testing.cases import statistics
-from dernkit.types import ExpertBank, LayerStats
+from dernkit.types import ExpertBank, LayerPlan, LayerStats
 from tests.laws.moments import Moments, put_back
 from tests.laws.pipeline import source
+from tests.unit.toy_components import plugin_of
 from tests.unit.workbench import Workbench, results, succeeded
 
 RECOMBINE = {"assign": {"use": "function-space", "parts": 2}, "merge": {"use": "adopt"}}
@@ -80,6 +84,24 @@ def test_nothing_held_out_leaves_nothing_to_judge_by(bench: Workbench) -> None:
 def test_without_a_refit_there_is_nothing_to_tell(bench: Workbench) -> None:
     bench.finish()
     assert fits(bench.out) == {} and "## Refit" not in (bench.out / "report.md").read_text()
+
+
+def test_a_refit_that_reads_no_samples_is_not_judged_by_them(bench: Workbench) -> None:
+    @dataclass(frozen=True)
+    class Halves:
+        name: ClassVar[str] = "halves"
+        requires: ClassVar[frozenset[str]] = frozenset()
+
+        def refit(self, bank: ExpertBank, after: ExpertBank, plan: LayerPlan, stats: LayerStats) -> torch.Tensor:
+            return after.down.float() / 2
+
+    registry = Registry.load(entry_points=False)
+    registry.register(plugin_of("dernkit_refits", Halves), "mine")
+    bench.write()
+    with patch("tests.unit.workbench._builtins", lambda: registry):
+        output = bench.finish("apply.refit={use: halves}")
+    assert set(json.loads((output / "dernkit.json").read_text()).get("fits", {}).values()) <= {None}
+    assert "## Refit" not in (bench.out / "report.md").read_text()
 
 
 def test_a_kill_changes_no_byte(bench: Workbench, tmp_path: Path) -> None:
