@@ -31,6 +31,9 @@ RECIPES = {
     "recombine": "recombine",
 }
 EVALUATION = "use: perplexity, path: benchmarks/testbeds/heldout, length: 256, batch_size: 32, limit: 20000"
+TEXT = "benchmarks/testbeds/calibration.txt"
+WRITING = ("shrink-width", "recombine")
+"""Recipes whose model writes a part of the calibration text."""
 PROMPT = "The president of the United States"
 
 
@@ -39,7 +42,8 @@ def run(recipe: str, out: Path) -> None:
     command = [
         *(sys.executable, "-m", "dernkit", "run", f"recipes/{recipe}.yaml"),
         *("--model", str(MODEL.relative_to(ROOT)), "--out", str(out)),
-        *("--set", "calibrate.source.path=benchmarks/testbeds/calibration.txt"),
+        *("--set", f"calibrate.source.{'text.path' if recipe in WRITING else 'path'}={TEXT}"),
+        *("--set", "calibrate.sequences=128"),
         *("--set", "calibrate.length=256"),
         *("--set", f"evaluate=[{{{EVALUATION}}}]"),
     ]

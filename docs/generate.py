@@ -213,8 +213,10 @@ def recipes() -> Iterator[str]:
     """What every shipped recipe is for, from its header, and the components that it names."""
     yield from (NOTE, "# The recipes", "")
     yield "Each keeps half of the experts and calibrates on `calibration.txt` beside it, a file that you provide (or"
-    yield "name another with `--set calibrate.source.path=…`). The files say in their headers how to run them and what"
-    yield "to expect. A test runs every one of them. Those of a plugin need it installed."
+    yield "name another with `--set calibrate.source.path=…`; with `--set calibrate.source.text.path=…` for"
+    yield "`recombine.yaml` and `shrink-width.yaml`, whose model writes a part of the text). The files say in their"
+    yield "headers how to run them and what to expect. A test runs every one of them. Those of a plugin need it"
+    yield "installed."
     columns = ("recipe", "purpose", "score", "budget", "select", "assign", "merge", "router")
     yield from ("", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|")
     for path in [*sorted(ROOT.glob("recipes/*.yaml")), *sorted(ROOT.glob("plugins/*/recipes/*.yaml"))]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dernkit.api import RecipeError, Source, Writer, hookimpl
 from dernkit.kernel import calls
+from dernkit.kernel.packing import ShortTextError
 
 
 @final
@@ -56,12 +57,21 @@ class SelfGenerated:
         is_copied = torch.zeros(sequences, dtype=torch.bool)
         if self.text is not None and copied:
             is_copied[torch.arange(copied) * sequences // copied] = True
-            found[is_copied] = calls.tokens(self.text, tokenizer, copied, length, rng)
+            found[is_copied] = self._copied(self.text, tokenizer, copied, sequences, length, rng)
         if copied < sequences:
             begin = torch.tensor(self._beginning(tokenizer, length)).expand(sequences - copied, -1)
             parts = [model.continued(part, length, self._drawn(rng)) for part in begin.split(self.batch_size)]
             found[~is_copied] = torch.cat(parts)
         return found
+
+    def _copied(
+        self, text: Source, tokenizer: Any, copied: int, sequences: int, length: int, rng: torch.Generator
+    ) -> Int64[Tensor, "copied length"]:
+        try:
+            return calls.tokens(text, tokenizer, copied, length, rng)
+        except ShortTextError as error:
+            share = f"They are the part, calibrate.source.text_share = {self.text_share:g}, of {sequences}"
+            raise ShortTextError(f"{error} {share} calibrate.sequences.") from None
 
     def _beginning(self, tokenizer: Any, length: int) -> list[int]:
         """Token ids before the first sampled one."""

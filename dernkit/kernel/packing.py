@@ -12,6 +12,10 @@ from torch import Tensor
 from dernkit.errors import RecipeError
 
 
+class ShortTextError(RecipeError):
+    """A text that gives fewer sequences than asked for."""
+
+
 def token_pieces(documents: Iterable[Iterable[str]], tokenizer: Any) -> Iterator[list[int]]:
     """Token ids of documents joined by the tokenizer's end-of-sequence token, if it has one.
 
@@ -43,18 +47,18 @@ def pack(
     left out.
 
     Raises:
-        RecipeError: there are fewer windows than asked for.
+        ShortTextError: there are fewer windows than asked for.
     """
     parts = [torch.tensor(piece, dtype=torch.int32) for piece in pieces]
     tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
     windows = len(tokens) // length
     if windows < 1:
-        raise RecipeError(
+        raise ShortTextError(
             f"calibrate.source: text must give at least one sequence of {length} tokens. "
             f"Got {len(tokens)} tokens instead. Use a longer text or a smaller length."
         )
     if windows < sequences:
-        raise RecipeError(
+        raise ShortTextError(
             f"calibrate.source: text must give {sequences} sequences of {length} tokens. "
             f"Got {windows} instead. Use a longer text or lower sequences to {windows}."
         )

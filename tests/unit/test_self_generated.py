@@ -79,6 +79,16 @@ def test_sequences_of_a_text_are_spread_evenly_among_the_others(tmp_path: Path) 
     assert written(SelfGenerated(text=text, text_share=1.0), model) == [[ord("x")] * 6] * 5 and not model.batches
 
 
+def test_a_text_that_is_too_short_for_its_share_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("x" * 20)
+    with pytest.raises(RecipeError) as caught:
+        written(SelfGenerated(text=TextFile(tmp_path / "t.txt"), text_share=0.4), Next(), 10)
+    assert str(caught.value) == (
+        "calibrate.source: text must give 4 sequences of 6 tokens. Got 3 instead. Use a longer text or lower sequences "
+        "to 3. They are the part, calibrate.source.text_share = 0.4, of 10 calibrate.sequences."
+    )
+
+
 @pytest.mark.parametrize(
     ("source", "tokenizer", "sentence"),
     [
