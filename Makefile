@@ -19,7 +19,7 @@ help:
 	@echo "make demo            compress the bundled model with every recipe and print the results side by side"
 	@echo "make bench-quick     compare the main methods on the bundled Mixtral (ten minutes), with a report to look at"
 	@echo "make bench           train and carve the other testbeds where they are not there, and compare everything on all (hours)"
-	@echo "make bench-recombination  compare recombination's parts, widths and calibration texts (an hour or two)"
+	@echo "make bench-recombination  compare recombination's parts, widths and calibration texts (two hours)"
 	@echo "make test            lint, then all tests but the slow ones, on a dozen model families"
 	@echo "make test-all        the same for every model family (half an hour)"
 	@echo "make record-families the laws on every model family, and writes docs/reference/architectures.md"
@@ -50,13 +50,21 @@ benchmarks/testbeds/qwen2_moe/routing.md: | $(VENV)/.bench
 benchmarks/testbeds/deepseek/routing.md: | $(VENV)/.bench
 	$(TRAIN) deepseek --work-dir runs/testbeds/work --out $(@D)
 
+SMOL = runs/testbeds/smol/model/README.md
+$(SMOL): | $(VENV)/.bench
+	$(BIN)/python -m benchmarks.testbeds.smol.dense --out runs/testbeds/smol/dense
+	$(BIN)/python -m benchmarks.testbeds.smol --dense runs/testbeds/smol/dense --out $(@D)
+
+TASKS = runs/tasks/dernkit-tasks.json
+$(TASKS): | $(VENV)/.bench
+	$(BIN)/dernkit tasks prepare --out $(@D)
+
+TRAINED = benchmarks/testbeds/qwen2_moe/routing.md benchmarks/testbeds/deepseek/routing.md
+
 bench-quick: $(VENV)/.bench
 	$(COMPARE) benchmarks/comparisons/quick.yaml --out runs/bench-quick
 
-bench: $(VENV)/.bench benchmarks/testbeds/qwen2_moe/routing.md benchmarks/testbeds/deepseek/routing.md
-	$(BIN)/python -m benchmarks.testbeds.smol.dense --out runs/testbeds/smol/dense
-	$(BIN)/python -m benchmarks.testbeds.smol --dense runs/testbeds/smol/dense --out runs/testbeds/smol/model
-	$(BIN)/dernkit tasks prepare --out runs/tasks
+bench: $(VENV)/.bench $(TRAINED) $(SMOL) $(TASKS)
 	$(BIN)/python benchmarks/smol_tasks.py --dense runs/testbeds/smol/dense --smol runs/testbeds/smol/model --tasks runs/tasks
 	$(COMPARE) benchmarks/comparisons/methods.yaml --out benchmarks/results/methods
 	$(COMPARE) benchmarks/comparisons/claims.yaml --out benchmarks/results/claims
@@ -64,12 +72,13 @@ bench: $(VENV)/.bench benchmarks/testbeds/qwen2_moe/routing.md benchmarks/testbe
 	$(BIN)/python benchmarks/fit_profile.py
 	$(BIN)/python -m benchmarks.claims --write-docs
 
-bench-recombination: $(VENV)/.bench benchmarks/testbeds/qwen2_moe/routing.md benchmarks/testbeds/deepseek/routing.md
+bench-recombination: $(VENV)/.bench $(TRAINED) $(SMOL) $(TASKS)
 	$(BIN)/python -m benchmarks.testbeds.corpus --domains runs/testbeds/calibration
 	$(COMPARE) benchmarks/comparisons/recombination.yaml --out benchmarks/results/recombination
 	$(COMPARE) benchmarks/comparisons/variants.yaml --out benchmarks/results/variants
 	$(COMPARE) benchmarks/comparisons/width.yaml --out benchmarks/results/width
 	$(COMPARE) benchmarks/comparisons/calibration-text.yaml --out benchmarks/results/calibration-text
+	$(COMPARE) benchmarks/comparisons/smol-recombination.yaml --out benchmarks/results/smol-recombination
 	$(BIN)/python -m benchmarks.recombination --write-docs
 
 test: lint

@@ -2,8 +2,8 @@
 
     python -m benchmarks.recombination [--write-docs]
 
-Reads those results of the comparisons recombination, variants, width and calibration-text that are there (`make
-bench-recombination` makes them) and prints their tables; with --write-docs it puts them into the page.
+Reads the results of the comparisons in TABLES, as far as they are there (`make bench-recombination` makes them), and
+prints their tables; with --write-docs it puts them into the page.
 """
 
 from __future__ import annotations
@@ -148,11 +148,41 @@ def _by_domain(rows: Sequence[Row], model: str, calibration: str) -> Iterator[tu
                 yield name.removeprefix(f"{LOSS}/"), values[0] - values[1]
 
 
+def tasks(rows: Sequence[Row]) -> Table:
+    """Accuracy on lm-eval's tasks, and recombination's less each other recipe's, paired by document."""
+    metric = "lm-eval/acc"
+    table = [
+        ["original", f"{mean(rows, metric, recipe=ORIGINAL):.3f}", "-", shown(mean(rows, LOSS, recipe=ORIGINAL), ".3f")]
+    ]
+    place = next(row for row in rows if row.recipe != ORIGINAL)
+    for recipe in dict.fromkeys(row.recipe for row in rows if row.recipe != ORIGINAL):
+        found = compare_pair(
+            rows,
+            model=place.model,
+            keep=place.keep,
+            calibration=place.calibration,
+            metric=metric,
+            recipe="recombine",
+            against=recipe,
+        )
+        difference = "-" if recipe == "recombine" else interval(found.difference, "+.3f")
+        table.append(
+            [
+                recipe,
+                shown(mean(rows, metric, recipe=recipe), ".3f"),
+                difference,
+                shown(mean(rows, LOSS, recipe=recipe), ".3f"),
+            ]
+        )
+    return ["recipe", "accuracy", "recombine less it (95%)", "loss on text (nats)"], table
+
+
 TABLES: dict[str, dict[str, Callable[[Sequence[Row]], Table]]] = {
     "recombination": {"reached": reached, "three-quarters": three_quarters},
     "variants": {"variants": variants},
     "width": {"widths": widths},
     "calibration-text": {"texts": texts, "domains": other_domains},
+    "smol-recombination": {"tasks": tasks},
 }
 """Comparison -> place in the page -> what goes there."""
 
