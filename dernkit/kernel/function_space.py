@@ -65,8 +65,9 @@ def select(
         if len(left) <= count:
             break
         size = count if number == 1 else max(count, round(len(left) * (count / len(left)) ** (1 / number)))
-        left = left[_without(system.of(left), damping, len(left) - size)]
-    return left, saliency(system.of(left), damping)
+        stays = _without(system, damping, len(left) - size)
+        left, system = left[stays], system.of(stays)
+    return left, saliency(system, damping)
 
 
 def _without(system: System, damping: float, gone: int) -> Int64[Tensor, " left"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -127,12 +127,14 @@ class ByNeurons(System):
         return self.energy - 2 * float((w * self.right).sum()) + float((w * (self.gram @ w)).sum())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ByTokens(System):
     """From ``K = hhᵀ``: ``(A + λI)⁻¹ B = hᵀ (K + λI)⁻¹ y`` and ``(A + λI)⁻¹ = (I − hᵀ (K + λI)⁻¹ h) / λ``."""
 
     hidden: Float[Tensor, "tokens neurons"]
     wanted: Float[Tensor, "tokens hidden"]
+    _gram: Float[Tensor, "tokens tokens"] | None = None
+    """K, once it was needed."""
 
     @property
     def energy(self) -> float:
@@ -146,10 +148,15 @@ class ByTokens(System):
         return ByTokens(torch.cat([self.hidden, other.hidden]), torch.cat([self.wanted, other.wanted]))
 
     def of(self, neurons: Int64[Tensor, " some"]) -> ByTokens:
-        return replace(self, hidden=self.hidden[:, neurons])
+        gram = None
+        if self._gram is not None and 2 * len(neurons) > len(self):  # fewer products: K less that of the others
+            gone = torch.ones(len(self), dtype=torch.bool).index_fill_(0, neurons, False)
+            others = self.hidden[:, gone].to(self._gram.dtype)
+            gram = torch.addmm(self._gram, others, others.T, alpha=-1)
+        return ByTokens(self.hidden[:, neurons], self.wanted, gram)
 
     def towards(self, hidden: Tensor, wanted: Float[Tensor, "tokens hidden"]) -> ByTokens:
-        return ByTokens(hidden, wanted)
+        return ByTokens(hidden, wanted, self._gram)
 
     def squares(self) -> Float[Tensor, " neurons"]:
         return self.hidden.square().sum(0, dtype=torch.float64)
@@ -178,8 +185,10 @@ class ByTokens(System):
         return float((self.wanted - found).square().sum(dtype=torch.float64))
 
     def _factor(self, damping: float) -> Float[Tensor, "tokens tokens"]:
-        hidden = self.hidden.to(_dtype(len(self.hidden)))
-        return _factor(hidden @ hidden.T, damping)
+        if self._gram is None:
+            hidden = self.hidden.to(_dtype(len(self.hidden)))
+            self._gram = hidden @ hidden.T
+        return _factor(self._gram, damping)
 
 
 def _dtype(size: int) -> torch.dtype:
