@@ -150,8 +150,8 @@ def _by_domain(rows: Sequence[Row], model: str, calibration: str) -> Iterator[tu
 
 
 def tasks(rows: Sequence[Row]) -> Table:
-    """By three measures: accuracy on lm-eval's tasks, with recombination's less each other recipe's, paired by document;
-    loss; and how many tokens of greedy continuations are the original's."""
+    """By three measures: accuracy on lm-eval's tasks, with recombination's less each other's, paired by document; loss;
+    and how many tokens of greedy continuations are the original's."""
     table = []
     for row in rows:
         difference = "-"
