@@ -126,8 +126,9 @@ def other_domains(rows: Sequence[Row]) -> Table:
         for model in models(rows):
             if differences := dict(_by_domain(rows, model, calibration)):
                 worst = max(differences, key=lambda domain: differences[domain])
-                own = differences.get(calibration)
-                others = [value for domain, value in differences.items() if domain != calibration]
+                there = calibration.removesuffix("+written")
+                own = differences.get(there)
+                others = [value for domain, value in differences.items() if domain != there]
                 table.append(
                     [
                         calibration,
