@@ -82,7 +82,7 @@ bench-recombination: $(VENV)/.bench $(TRAINED) $(SMOL) $(TASKS)
 	$(BIN)/python -m benchmarks.recombination --write-docs
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not clients and not families" -n $(WORKERS)
+	$(BIN)/python -m pytest -m "not slow and not clients and not families" -n $(WORKERS) --durations=30
 
 test-all: lint
 	$(BIN)/python -m pytest -m "not slow and not clients" -n $(WORKERS)
