@@ -97,14 +97,15 @@ def variants(rows: Sequence[Row]) -> Table:
 def widths(rows: Sequence[Row]) -> Table:
     """Rise of the loss by share of experts and share of width, those that are as large side by side."""
     columns = models(rows)
-    found = dict.fromkeys((row.keep, row.recipe) for row in rows if row.recipe not in (ORIGINAL, BASELINE))
+    found = dict.fromkeys((row.keep, row.recipe) for row in rows if row.recipe != ORIGINAL)
     table = []
     for keep, recipe in found:
-        width = float(recipe.removeprefix("width-"))
+        width = 1.0 if recipe == BASELINE else float(recipe.removeprefix("width-"))
         if keep * width == 1:
             continue
+        share = f"{keep:.0%}, by frequency alone" if recipe == BASELINE else f"{keep:.0%}"
         cells = [shown(rise(rows, LOSS, model=model, keep=keep, recipe=recipe)) for model in columns]
-        table.append((-keep * width, [f"{keep:.0%}", f"{width:.0%}", f"{keep * width:.0%}", *cells]))
+        table.append((-keep * width, [share, f"{width:.0%}", f"{keep * width:.0%}", *cells]))
     return ["experts", "width", "size of the experts", *columns], [row for _, row in sorted(table)]
 
 
