@@ -77,6 +77,7 @@ bench-recombination: $(VENV)/.bench $(TRAINED) $(SMOL) $(TASKS)
 	$(COMPARE) benchmarks/comparisons/recombination.yaml --out benchmarks/results/recombination
 	$(COMPARE) benchmarks/comparisons/variants.yaml --out benchmarks/results/variants
 	$(COMPARE) benchmarks/comparisons/width.yaml --out benchmarks/results/width
+	$(COMPARE) benchmarks/comparisons/sample-size.yaml --out benchmarks/results/sample-size
 	$(COMPARE) benchmarks/comparisons/calibration-text.yaml --out benchmarks/results/calibration-text
 	$(COMPARE) benchmarks/comparisons/smol-recombination.yaml --out benchmarks/results/smol-recombination
 	$(BIN)/python -m benchmarks.recombination --write-docs

@@ -109,6 +109,17 @@ def widths(rows: Sequence[Row]) -> Table:
     return ["experts", "width", "size of the experts", *columns], [row for _, row in sorted(table)]
 
 
+def sizes(rows: Sequence[Row]) -> Table:
+    """Rise of the loss by the number of sampled tokens."""
+    table = []
+    for calibration in dict.fromkeys(row.calibration for row in rows if row.recipe != ORIGINAL):
+        where = {"model": rows[0].model, "calibration": calibration}
+        table.append(
+            [calibration, *(shown(rise(rows, LOSS, recipe=name, **where)) for name in (BASELINE, "recombine"))]
+        )
+    return ["sampled tokens", "frequency pruning (nats)", "recombine (nats)"], table
+
+
 def texts(rows: Sequence[Row]) -> Table:
     """Rise of the mean loss over all domains by what was calibrated on."""
     columns = models(rows)
@@ -177,6 +188,7 @@ TABLES: dict[str, dict[str, Callable[[Sequence[Row]], Table]]] = {
     "recombination": {"reached": reached, "three-quarters": three_quarters},
     "variants": {"variants": variants},
     "width": {"widths": widths},
+    "sample-size": {"sizes": sizes},
     "calibration-text": {"texts": texts, "domains": other_domains},
     "smol-recombination": {"tasks": tasks},
 }
