@@ -60,7 +60,8 @@ def results(out: Path) -> tuple[dict[str, float], dict[str, float], dict[str, An
     layers = json.loads((out / "plan.json").read_text(encoding="utf-8"))["layers"].values()
     moved = sum(layer["moved_segments"] for layer in layers)
     discarded = sum(layer["discarded_segments"] for layer in layers)
-    return before, after, {"moved": moved / (moved + discarded)}
+    gone = moved + discarded
+    return before, after, {"moved": f"{moved / gone:.1%}" if gone else "-"}
 
 
 def sizes(model: Path) -> tuple[float, float]:
@@ -89,7 +90,7 @@ def table(out: Path) -> tuple[list[str], list[list[str]]]:
         columns.setdefault("original", before)
         columns[label] = after
         models[label] = out / recipe / "model"
-        notes[label] = f"{facts['moved']:.1%}"
+        notes[label] = facts["moved"]
     losses = [name.removesuffix("/loss") for name in columns["original"] if name.endswith("/loss")]
     domains = [domain for domain in losses if domain != "mean"]
     rows = [[domain, *(f"{column[f'{domain}/loss']:.3f}" for column in columns.values())] for domain in domains]
