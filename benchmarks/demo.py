@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTBEDS = ROOT / "benchmarks" / "testbeds"
@@ -53,7 +52,7 @@ def run(recipe: str, out: Path) -> None:
         raise SystemExit(done.returncode)
 
 
-def results(out: Path) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
+def results(out: Path) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
     """Metrics before and after, and what the plan did, of a finished run."""
     evaluation = json.loads((out / "eval.json").read_text(encoding="utf-8"))
     before, after = (evaluation[side]["0:perplexity"] for side in ("before", "after"))
@@ -157,8 +156,8 @@ def main() -> None:
     header, rows = table(arguments.out)
     seconds = time.monotonic() - start
     show(header, rows)
-    best = arguments.out / RECIPES["DERN (tuned)"]
-    print(f"\nThe tuned half-size model, loaded by stock transformers, goes on: {continuation(best / 'model')!r}")
+    best = arguments.out / RECIPES["recombine"]
+    print(f"\nThe recombined half-size model, loaded by stock transformers, goes on: {continuation(best / 'model')!r}")
     print(f"Reports: {arguments.out}/*/report.md    {seconds:.0f} s")
     if arguments.write_readme:
         write_readme(header, rows, seconds)
