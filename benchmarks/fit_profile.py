@@ -18,7 +18,8 @@ from dernkit.compare.rows import ORIGINAL, Row, read_rows
 from dernkit.profiling.curve import FEWEST, FILE, UNITS, Cell, Curves, as_json, fit
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = [ROOT / "benchmarks/results" / name / "results.parquet" for name in ("methods", "claims", "smol")]
+RESULTS = ROOT / "benchmarks/results"
+COMPARISONS = ("methods", "claims", "smol")
 """Not those of `make bench-recombination`: what a refit was fitted to says too little of its error."""
 
 
@@ -54,7 +55,7 @@ def fitted(files: Iterable[Path], commit: str) -> tuple[Curves, dict[str, list[C
 
 
 def main() -> None:
-    files = [file for file in RESULTS if file.exists()]
+    files = [file for name in COMPARISONS if (file := RESULTS / name / "results.parquet").exists()]
     git = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", *map(str, files)]
     commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip() if files else ""
     curves, points = fitted(files, commit)
