@@ -52,15 +52,15 @@ def run(recipe: str, out: Path) -> None:
         raise SystemExit(done.returncode)
 
 
-def results(out: Path) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
-    """Metrics before and after, and what the plan did, of a finished run."""
+def results(out: Path) -> tuple[dict[str, float], dict[str, float], str]:
+    """Metrics before and after, and the share of the dropped segments that moved, of a finished run."""
     evaluation = json.loads((out / "eval.json").read_text(encoding="utf-8"))
     before, after = (evaluation[side]["0:perplexity"] for side in ("before", "after"))
     layers = json.loads((out / "plan.json").read_text(encoding="utf-8"))["layers"].values()
     moved = sum(layer["moved_segments"] for layer in layers)
     discarded = sum(layer["discarded_segments"] for layer in layers)
     gone = moved + discarded
-    return before, after, {"moved": f"{moved / gone:.1%}" if gone else "-"}
+    return before, after, f"{moved / gone:.1%}" if gone else "-"
 
 
 def sizes(model: Path) -> tuple[float, float]:
@@ -85,11 +85,10 @@ def table(out: Path) -> tuple[list[str], list[list[str]]]:
     models = {"original": MODEL}
     notes = {"original": "-"}
     for label, recipe in RECIPES.items():
-        before, after, facts = results(out / recipe)
+        before, after, notes[label] = results(out / recipe)
         columns.setdefault("original", before)
         columns[label] = after
         models[label] = out / recipe / "model"
-        notes[label] = facts["moved"]
     losses = [name.removesuffix("/loss") for name in columns["original"] if name.endswith("/loss")]
     domains = [domain for domain in losses if domain != "mean"]
     rows = [[domain, *(f"{column[f'{domain}/loss']:.3f}" for column in columns.values())] for domain in domains]

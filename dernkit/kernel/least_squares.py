@@ -156,7 +156,7 @@ class ByTokens(System):
         return ByTokens(self.hidden[:, neurons], self.wanted, gram)
 
     def towards(self, hidden: Tensor, wanted: Float[Tensor, "tokens hidden"]) -> ByTokens:
-        return ByTokens(hidden, wanted, self._gram)
+        return ByTokens(hidden, wanted)  # their tokens may come in another order than K's
 
     def squares(self) -> Float[Tensor, " neurons"]:
         return self.hidden.square().sum(0, dtype=torch.float64)

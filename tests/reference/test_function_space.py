@@ -287,3 +287,19 @@ def test_a_pool_is_as_large_as_its_tokens_allow(tokens: int) -> None:
     arrivals = plan_with(bank, few, FunctionSpace(parts=1)).assignment
     per_expert = torch.bincount(arrivals.target, minlength=2)
     assert int(per_expert.max()) <= (1 if tokens == 6 else 5)
+
+
+@pytest.mark.parametrize("exact", [4096, 0], ids=["float64", "float32"])
+def test_a_matrix_of_tokens_that_is_kept_is_that_of_the_neurons_and_tokens_at_hand(
+    exact: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(least_squares, "_EXACT", exact)
+    rng = torch.Generator().manual_seed(0)
+    hidden, wanted = torch.randn(9, 20, generator=rng), torch.randn(9, 4, generator=rng)
+    whole = ByTokens(hidden, wanted)
+    whole.solve(0.5)  # from here on K is kept
+    for left in (torch.arange(3, 20), torch.arange(0, 20, 3)):  # more and less than half of the neurons
+        torch.testing.assert_close(whole.of(left).solve(0.5), ByTokens(hidden[:, left], wanted).solve(0.5))
+    order = torch.randperm(9, generator=rng)
+    again = whole.towards(hidden[order], wanted[order].flip(1)).solve(0.5)
+    torch.testing.assert_close(again, ByTokens(hidden, wanted.flip(1)).solve(0.5))
