@@ -156,7 +156,7 @@ class Assigner(Protocol):
     needs_groups: ClassVar[bool]
 
     def assign(self, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
-        """Moves from segments of dropped experts to kept ones, on the CPU, with finite affinities.
+        """Moves from segments of dropped experts to kept ones, with finite affinities.
 
         A segment that is not listed is discarded; one that is listed with several targets goes to all of them.
         """

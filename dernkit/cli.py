@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dernkit.commands import comparing, compressing, looking
-from dernkit.errors import DernkitError
+from dernkit.errors import CheckpointError, DernkitError
 
 _GO_ON = ("run", "compare")
 """Commands that keep what they have done."""
@@ -23,6 +23,16 @@ class _Commands(click.Group):
         except DernkitError as error:
             click.echo(str(error), err=True)
             sys.exit(error.exit_code)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, whose import would take a second
+                raise
+            click.echo(
+                "--device: the memory there must hold a decoder layer and what is made of it, or to evaluate the whole "
+                "model. Got too little instead. Use another device, --device cpu, or a smaller calibrate.batch_size "
+                "or calibrate.sample.",
+                err=True,
+            )
+            sys.exit(CheckpointError.exit_code)
         except KeyboardInterrupt:
             goes_on = "; the same command goes on where it was" if ctx.invoked_subcommand in _GO_ON else ""
             click.echo(f"interrupted{goes_on}", err=True)

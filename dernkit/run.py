@@ -34,6 +34,7 @@ from dernkit.errors import CheckpointError, RecipeError
 from dernkit.gather import gather
 from dernkit.kernel import calls
 from dernkit.models.architecture import use_architecture
+from dernkit.models.device import CPU
 from dernkit.models.export import check_export
 from dernkit.models.folder import RECORD as MADE_FROM
 from dernkit.models.folder import TOKENIZER, other_files
@@ -62,6 +63,7 @@ class Run:
         progress: where to report.
         trust_remote_code: whether code that comes with the model may run.
         statistics: the `stats.safetensors` of another run with this model, to be used instead of calibrating.
+        device: where layers run and are compressed, and models evaluated.
     """
 
     recipe: Recipe
@@ -72,6 +74,7 @@ class Run:
     progress: Progress
     trust_remote_code: bool = False
     statistics: Path | None = None
+    device: torch.device = CPU
     _architecture: Component | None = field(init=False, default=None)
     """That of the model, where a plugin brings it."""
 
@@ -103,7 +106,9 @@ class Run:
         self._place.check(self.path)
         self._check_files()
         self._architecture = use_architecture(self.path, self.registry.components("architecture"))
-        source = open_source(self.path, self._parts.adapters(), trust_remote_code=self.trust_remote_code)
+        source = open_source(
+            self.path, self._parts.adapters(), trust_remote_code=self.trust_remote_code, device=self.device
+        )
         plan.check_keep(source, self.recipe.plan)
         apply.check_new_width(source.outline[1], self.recipe.apply.width)
         check_export(source.outline[1], self.recipe.apply.export)
@@ -153,6 +158,7 @@ class Run:
             "model": {"name": self.model, "fingerprint": fingerprint},
             "components": self._parts.origins(),
             "versions": {name: metadata.version(name) for name in _VERSIONED},
+            "device": str(self.device),
         }
         if self.statistics is not None and self.recipe.requires:
             lock["statistics"] = str(self.statistics)
@@ -314,6 +320,7 @@ class Run:
                         adapters=self._parts.adapters(),
                         trust_remote_code=self.trust_remote_code,
                         original=None if name == "before" else self.path,
+                        device=self.device,
                     )
             self._place.write(EVAL, json.dumps({"key": key, "before_key": before_key, **results}, indent=1) + "\n")
 

@@ -220,6 +220,10 @@ class LayerStats:
         kept = {name: value for name, value in self.values.items() if name in allowed}
         return replace(self, values=kept)._samples(held_out=False)
 
+    def to(self, device: torch.device) -> LayerStats:
+        """The same on another device."""
+        return replace(self, values={name: value.to(device) for name, value in self.values.items()})
+
     def judges(self) -> LayerStats:
         """The samples that are held out, and nothing else."""
         sampled = {name: value for name, value in self.values.items() if name in SAMPLED}

@@ -155,7 +155,7 @@ def divergence(
     In float64, a few tokens at a time; a token that the original never predicts (−inf) adds 0.
     """
     total, same = 0.0, 0
-    places = (labels[1:] != CONTEXT).nonzero()[:, 0]  # the logits at t are about the token at t + 1
+    places = (labels[1:] != CONTEXT).nonzero()[:, 0].to(original.device)  # the logits at t are about the token at t + 1
     for some in places.split(max(1, ENTRIES // original.shape[1])):
         p, q = (log_softmax(logits[some].double(), dim=-1) for logits in (original, compressed))
         possible: Bool[Tensor, "some vocabulary"] = p > -math.inf
@@ -167,12 +167,12 @@ def divergence(
 
 def _logits(subject: Subject, batch: Sequence[Window]) -> Float[Tensor, "windows tokens vocabulary"]:
     with torch.no_grad():
-        return subject.model(input_ids=stacked(batch), use_cache=False).logits
+        return subject.model(input_ids=stacked(batch).to(subject.model.device), use_cache=False).logits
 
 
 def _nats(logits: Float[Tensor, "tokens vocabulary"], labels: Int64[Tensor, " tokens"]) -> float:
     """Summed loss of one window."""
-    losses = cross_entropy(logits[:-1].float(), labels[1:], ignore_index=CONTEXT, reduction="none")
+    losses = cross_entropy(logits[:-1].float(), labels[1:].to(logits.device), ignore_index=CONTEXT, reduction="none")
     return float(losses.double().sum())
 
 

@@ -119,7 +119,7 @@ class _Task:
         first, rest = by_part(pool, target, self.last.to(torch.int64), 2)
         whole = total([first, rest])
         gains = len(places) > 0 and (how.parts == 1 or _gains(first, rest, width, count, how))
-        chosen, found = _best(whole if gains else whole.of(torch.arange(width)), width, count, how)
+        chosen, found = _best(whole if gains else whole.of(torch.arange(width, device=whole.device)), width, count, how)
         down = whole.of(chosen).solve(damping(whole, how.ridge))
         is_own = chosen < width
         choice = _Choice(
@@ -133,7 +133,7 @@ class _Task:
     def _strongest(self, dropped: Float32[Tensor, "candidates parts features"], most: int) -> Int64[Tensor, " some"]:
         """The candidates with the most output on these tokens, or on 2,048 of them, ascending."""
         if len(dropped) <= most:
-            return torch.arange(len(dropped))
+            return torch.arange(len(dropped), device=dropped.device)
         inputs, coefficients = self.inputs[:_LOOKED], self.coefficients[:_LOOKED]
         output = torch.cat(
             [
@@ -163,7 +163,7 @@ def _gains(first: System, rest: System, width: int, count: int, how: FunctionSpa
     other."""
     ridge = damping(first, how.ridge)
     errors = []
-    for pool in (first, first.of(torch.arange(width))):
+    for pool in (first, first.of(torch.arange(width, device=first.device))):
         chosen = _best(pool, width, count, how)[0]
         errors.append(rest.of(chosen).error(first.of(chosen).solve(ridge)))
     return errors[0] < errors[1]
@@ -172,7 +172,7 @@ def _gains(first: System, rest: System, width: int, count: int, how: FunctionSpa
 def _idle(bank: ExpertBank, expert: int, count: int) -> _Choice:
     """An expert without tokens keeps its neurons with the largest down columns."""
     size = finite_segments(bank, expert)[:, -1].norm(dim=1)
-    none = torch.empty(0, dtype=torch.int64)
+    none = torch.empty(0, dtype=torch.int64, device=size.device)
     own = size.argsort(descending=True, stable=True)[:count].sort().values
     return _Choice(own, none, none.to(torch.float64), none)
 
@@ -190,13 +190,13 @@ def _partners(
 
 def _numbers(bank: ExpertBank, expert: int) -> Int64[Tensor, " width"]:
     """expert · W + neuron of all its segments."""
-    return expert * bank.dims.width + torch.arange(bank.dims.width)
+    return expert * bank.dims.width + torch.arange(bank.dims.width, device=bank.up.device)
 
 
 def _assignment(bank: ExpertBank, retention: Retention, choices: Mapping[int, _Choice]) -> Assignment:
     """Choices by expert as one record."""
     origin = torch.cat([_numbers(bank, expert) for expert in [*retention.dropped, *retention.kept.tolist()]])
-    neurons = torch.arange(bank.dims.width)
+    neurons = torch.arange(bank.dims.width, device=bank.up.device)
     found = [choices[expert] for expert in retention.kept.tolist()]
     gone = [_numbers(bank, expert)[~torch.isin(neurons, choices[expert].own)] for expert in retention.kept.tolist()]
     return Assignment(

@@ -97,14 +97,14 @@ class Generation:
 def _greedy(subject: Subject, prompts: Int64[Tensor, "prompts prompt"], count: int) -> Int64[Tensor, "prompts new"]:
     """The most likely next token, ``count`` times; of equals the first."""
     found: list[Tensor] = []
-    inputs, cache = prompts, None
+    inputs, cache = prompts.to(subject.model.device), None
     with torch.no_grad():
         for _ in range(count):
             output = subject.model(input_ids=inputs, past_key_values=cache, use_cache=True)
             found.append(output.logits[:, -1].argmax(dim=-1))
             cache = output.past_key_values
             inputs = found[-1][:, None]
-    return torch.stack(found, dim=1)
+    return torch.stack(found, dim=1).cpu()
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

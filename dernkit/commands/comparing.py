@@ -17,10 +17,17 @@ from dernkit.commands import options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the results and the report.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, of one thread each.")
 @click.option("--checkpoints", is_flag=True, help="Also write the checkpoint of every cell, into OUT/checkpoints.")
+@options.DEVICE
 @options.SET
 @options.TRUST
 def compare(
-    bench: Path, out: Path, jobs: int, checkpoints: bool, overrides: tuple[str, ...], trust_remote_code: bool
+    bench: Path,
+    out: Path,
+    jobs: int,
+    checkpoints: bool,
+    device_name: str,
+    overrides: tuple[str, ...],
+    trust_remote_code: bool,
 ) -> None:
     """Measure every recipe of BENCH on every model, at every ratio, with every seed; say which differ.
 
@@ -30,10 +37,11 @@ def compare(
     from dernkit.compare.bench import load_bench
     from dernkit.compare.engine import Comparison
     from dernkit.compare.report import write_report
+    from dernkit.models.device import device_of
     from dernkit.progress import for_terminal
 
-    bound = load_bench(bench, registry, overrides)
-    work = Comparison(bound, out, registry, for_terminal(), jobs, checkpoints, trust_remote_code)
+    bound, device = load_bench(bench, registry, overrides), device_of(device_name)
+    work = Comparison(bound, out, registry, for_terminal(), jobs, checkpoints, trust_remote_code, device)
     click.echo(f"results: {work.execute()}")
     for file in write_report(out, metric=bound.metric, baseline=bound.baseline):
         click.echo(f"report:  {file}")
@@ -52,6 +60,7 @@ def compare(
     help="The stats.safetensors of a run with this model, with a sample, used instead of calibrating.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@options.DEVICE
 @options.SET
 @options.TRUST
 def profile(
@@ -62,6 +71,7 @@ def profile(
     out: Path | None,
     statistics: Path | None,
     as_json: bool,
+    device_name: str,
     overrides: tuple[str, ...],
     trust_remote_code: bool,
 ) -> None:
@@ -70,6 +80,7 @@ def profile(
     For every ratio, how much each layer's output changes on sampled inputs, and what loss testbeds had at such changes.
     """
     registry = options.registry()
+    from dernkit.models.device import device_of
     from dernkit.models.hub import resolve
     from dernkit.profiling import command
     from dernkit.progress import for_terminal
@@ -77,6 +88,7 @@ def profile(
 
     bound, keeps = load_recipe(recipe, registry, overrides), command.parse_keeps(keep)
     how: dict[str, Any] = {"given": statistics, "rise": rise, "trust_remote_code": trust_remote_code}
+    how["device"] = device_of(device_name)
     told = command.profile(bound, model, resolve(model), registry, for_terminal(), keeps=keeps, **how)
     if out is not None:
         command.save(told, out)

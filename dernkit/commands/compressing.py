@@ -22,6 +22,7 @@ from dernkit.errors import CheckpointError, RecipeError
     metavar="FILE",
     help="The stats.safetensors of another run with this model, used instead of calibrating.",
 )
+@options.DEVICE
 @options.SET
 @options.TRUST
 def run(
@@ -29,6 +30,7 @@ def run(
     model: str,
     out: Path,
     statistics: Path | None,
+    device_name: str,
     overrides: tuple[str, ...],
     trust_remote_code: bool,
 ) -> None:
@@ -37,13 +39,14 @@ def run(
     A stage whose inputs have not changed is skipped; a killed run goes on where it was.
     """
     registry = options.registry()
+    from dernkit.models.device import device_of
     from dernkit.models.hub import resolve
     from dernkit.progress import for_terminal
     from dernkit.recipe import load_recipe
     from dernkit.run import Run
 
-    bound = load_recipe(recipe, registry, overrides)
-    work = Run(bound, model, resolve(model), out, registry, for_terminal(), trust_remote_code, statistics)
+    bound, device = load_recipe(recipe, registry, overrides), device_of(device_name)
+    work = Run(bound, model, resolve(model), out, registry, for_terminal(), trust_remote_code, statistics, device)
     click.echo(f"report: {work.execute()}")
     click.echo(f"model:  {out / 'model'}")
 
@@ -75,12 +78,14 @@ def schema() -> None:
 @click.command("eval")
 @options.RECIPE
 @options.MODEL
+@options.DEVICE
 @options.SET
 @options.TRUST
-def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_code: bool) -> None:
+def evaluate(recipe: Path, model: str, device_name: str, overrides: tuple[str, ...], trust_remote_code: bool) -> None:
     """Run RECIPE's evaluators on a model and print their metrics as JSON."""
     registry = options.registry()
     from dernkit.models.architecture import use_architecture
+    from dernkit.models.device import device_of
     from dernkit.models.hub import resolve
     from dernkit.progress import for_terminal
     from dernkit.recipe import load_recipe
@@ -93,6 +98,7 @@ def evaluate(recipe: Path, model: str, overrides: tuple[str, ...], trust_remote_
     use_architecture(path, registry.components("architecture"))
     adapters = [component.cls() for component in registry.components("adapter")]
     how: dict[str, Any] = {"adapters": adapters, "trust_remote_code": trust_remote_code}
+    how["device"] = device_of(device_name)
     with registry.naming_plugins():
         results = measure(path, bound.evaluators, for_terminal(), what="model", **how)
     click.echo(json.dumps(results, indent=1))

@@ -19,6 +19,14 @@ MODEL = click.option(
 TRUST = click.option(
     "--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run. Off by default."
 )
+DEVICE = click.option(
+    "--device",
+    "device_name",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    help="Where models run and layers are compressed: cpu, cuda, cuda:1, ...; auto: a CUDA GPU where there is one.",
+)
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 
 

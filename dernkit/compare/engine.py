@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dernkit.artifacts import exclusive, fresh
 from dernkit.compare.bench import Bench
 from dernkit.compare.cells import Cell, Growth, Task, tasks
 from dernkit.compare.work import CELLS, GROWTHS, PARTIAL, RESULTS, STATISTICS, TIMINGS, Places, start
 from dernkit.compare.workers import Work, run_tasks
 from dernkit.errors import CheckpointError, RecipeError
+from dernkit.models.device import CPU
 from dernkit.progress import Progress
 from dernkit.registry import Registry
 from dernkit.sentences import reason
@@ -34,6 +37,7 @@ class Comparison:
         jobs: processes.
         checkpoints: whether each cell's checkpoint is written as well.
         trust_remote_code: whether code that comes with a model may run.
+        device: where models run and are compressed.
     """
 
     bench: Bench
@@ -43,6 +47,7 @@ class Comparison:
     jobs: int = 1
     checkpoints: bool = False
     trust_remote_code: bool = False
+    device: torch.device = CPU
 
     def execute(self) -> Path:
         """Measure what is not measured yet; returns the file of all results, in the order of the bench.
@@ -82,6 +87,7 @@ class Comparison:
         """Makes what works; without the registry it can be sent to other processes."""
         how = functools.partial(start, self.out, self.registry.plugins)
         how = functools.partial(how, checkpoints=self.checkpoints, trust_remote_code=self.trust_remote_code)
+        how = functools.partial(how, device=self.device)
         return how if self.jobs > 1 else functools.partial(how, registry=self.registry)
 
     def _check_out(self) -> None:

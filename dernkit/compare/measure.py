@@ -28,6 +28,7 @@ from dernkit.compression import compress_bound
 from dernkit.errors import DernkitError
 from dernkit.kernel import calls
 from dernkit.models.architecture import use_architecture
+from dernkit.models.device import CPU
 from dernkit.models.loading import load_checked
 from dernkit.models.source import SourceModel, read_source
 from dernkit.models.stack import find_blocks
@@ -72,6 +73,7 @@ class Laboratory:
     statistics: Path
     """Folder of calibrations."""
     trust_remote_code: bool = False
+    device: torch.device = CPU
     _loaded: _Loaded | None = field(init=False, default=None)
     _stats: tuple[str, dict[int, LayerStats]] = field(init=False, default=("", {}))
 
@@ -152,7 +154,7 @@ class Laboratory:
             use_architecture(subject.path, self.registry.components("architecture"))
             adapters = [component.cls() for component in self.registry.components("adapter")]
             tokenizer = load_tokenizer(subject.path, trust_remote_code=self.trust_remote_code)
-            model = load_checked(subject.path, adapters, trust_remote_code=self.trust_remote_code)
+            model = load_checked(subject.path, adapters, trust_remote_code=self.trust_remote_code).to(self.device)
             blocks = find_blocks(model, adapters)
             sizes = live_sizes(model, frozenset(name for block in blocks for name in block.expert_tensors()))
             original = Measured(copy.deepcopy(model).float(), tokenizer, subject.path)

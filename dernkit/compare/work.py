@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from dernkit.artifacts import publish, read_json
 from dernkit.compare.cells import Cell, Growth, Task
 from dernkit.compare.measure import Laboratory, statistics_file
 from dernkit.compare.rows import Row, read_rows, write_rows
 from dernkit.errors import CheckpointError
+from dernkit.models.device import CPU
 from dernkit.progress import Silent
 from dernkit.registry import Registry
 from dernkit.run import Run
@@ -88,6 +91,7 @@ def start(
     registry: Registry | None = None,
     checkpoints: bool = False,
     trust_remote_code: bool = False,
+    device: torch.device = CPU,
 ) -> Callable[[Task], None]:
     """What does tasks in this process.
 
@@ -97,9 +101,10 @@ def start(
         registry: to take components from.
         checkpoints: whether each cell's checkpoint is written as well.
         trust_remote_code: whether code that comes with a model may run.
+        device: where models run and are compressed.
     """
     registry = registry or Registry.load(entry_points=plugins)
-    laboratory, places = Laboratory(registry, out / STATISTICS, trust_remote_code), Places(out)
+    laboratory, places = Laboratory(registry, out / STATISTICS, trust_remote_code, device), Places(out)
 
     def work(task: Task) -> None:
         if isinstance(task, Growth):
@@ -110,12 +115,14 @@ def start(
             row = laboratory.measure(task)
             places.put_row(task, row)
         if checkpoints and not row.refused:
-            _write_checkpoint(task, places, registry, trust_remote_code)
+            _write_checkpoint(task, places, registry, trust_remote_code, device)
 
     return work
 
 
-def _write_checkpoint(cell: Cell, places: Places, registry: Registry, trust_remote_code: bool) -> None:
+def _write_checkpoint(
+    cell: Cell, places: Places, registry: Registry, trust_remote_code: bool, device: torch.device
+) -> None:
     """By an ordinary run from disk to disk, which measures nothing again."""
     recipe, path = cell.recipe, cell.context.subject.path
     if recipe is None or recipe.calibrate is None:
@@ -124,4 +131,4 @@ def _write_checkpoint(cell: Cell, places: Places, registry: Registry, trust_remo
     out = places.checkpoint(cell)
     out.parent.mkdir(exist_ok=True)
     recipe = replace(recipe, evaluators=())
-    Run(recipe, str(path), path, out, registry, Silent(), trust_remote_code, statistics).execute()
+    Run(recipe, str(path), path, out, registry, Silent(), trust_remote_code, statistics, device).execute()

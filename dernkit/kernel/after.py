@@ -47,12 +47,13 @@ def _route(route: Route, kept: Int64[Tensor, " kept"], new: Float[Tensor, "kept 
     """Chosen experts by their position among the kept; identity experts follow them."""
 
     def routed(inputs: Tensor, experts: Tensor | None = None, rows: Tensor | None = None) -> Routing:
-        some = torch.arange(len(kept)) if experts is None else experts
-        found = route(inputs, kept[some], new[some] if rows is None else rows)
+        there = kept.to(new.device)
+        some = torch.arange(len(kept), device=new.device) if experts is None else experts
+        found = route(inputs, there[some], new[some] if rows is None else rows)
         most = max(int(found.chosen.max()) + 1 if found.chosen.numel() else 0, count)
-        places = torch.arange(most) - count + len(kept)
+        places = torch.arange(most, device=new.device) - count + len(kept)
         places[:count] = len(kept)  # unused choices, which count for nothing
-        places[kept] = torch.arange(len(kept))
-        return replace(found, chosen=places[found.chosen], logits=found.logits[:, kept])
+        places[there] = torch.arange(len(kept), device=new.device)
+        return replace(found, chosen=places[found.chosen], logits=found.logits[:, there])
 
     return routed

@@ -6,7 +6,8 @@ Every function raises ContractError when a law of `contracts` is broken, with ki
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ from dernkit.api import (
 from dernkit.errors import RecipeError
 from dernkit.kernel.contracts import FLOATING, Call, described
 from dernkit.types import Assignment, ExpertBank, LayerDims, LayerPlan, LayerStats, Pool, Retention
+
+_Decision = TypeVar("_Decision", Retention, Assignment)
 
 
 def score(scorer: Scorer, bank: ExpertBank, stats: LayerStats) -> Float64[Tensor, " experts"]:
@@ -72,19 +75,19 @@ def allocate(budget: Budget, measures: Sequence[Tensor], keep: int | float, limi
 def select(
     selector: Selector, bank: ExpertBank, scores: Float64[Tensor, " experts"], count: int, stats: LayerStats
 ) -> Retention:
-    """As many experts as asked for, ascending, the same number from each of the router's groups."""
+    """As many experts as asked for, ascending, the same number from each of the router's groups; on the CPU."""
     call = Call("selector", selector, bank.dims.layer)
     found = call("select", bank=bank, scores=scores, count=count, stats=call.seen(stats))
-    call.instance(found, "select", Retention)
+    found = _on_cpu(call.instance(found, "select", Retention))
     _check_kept(call, found.kept, bank.dims, count)
     call.tensor(found.scores, "scores", tuple(scores.shape), torch.float64)
-    if not torch.equal(found.scores.cpu(), scores.cpu()):
+    if not torch.equal(found.scores, scores.cpu()):
         raise call.broken("keeps_scores", "scores must be those that it was given", "others")
     if (found.group is not None) != selector.groups:
         must, got = ("groups", "none") if selector.groups else ("no groups", "some")
         raise call.broken("groups_as_said", f"select must return {must}, as its `groups` says", got)
     if found.group is not None:
-        _on_cpu(call, call.tensor(found.group, "group", (bank.dims.experts,), torch.int64), "group")
+        call.tensor(found.group, "group", (bank.dims.experts,), torch.int64)
         call.each(found.group, (found.group >= -1) & (found.group < count), "group", f"from -1 to {count - 1}")
         if not torch.equal(found.group[found.kept], torch.arange(count)):
             must = "group must be each kept expert's own position for itself"
@@ -93,7 +96,7 @@ def select(
 
 
 def _check_kept(call: Call, kept: Any, dims: LayerDims, count: int) -> None:
-    _on_cpu(call, call.tensor(kept, "kept", (count,), torch.int64), "kept")
+    call.tensor(kept, "kept", (count,), torch.int64)
     size = dims.experts // dims.groups
     exist = bool(((kept >= 0) & (kept < dims.experts)).all() and (kept[1:] > kept[:-1]).all())
     if not exist or bool((torch.bincount(kept // size, minlength=dims.groups) != count // dims.groups).any()):
@@ -103,21 +106,22 @@ def _check_kept(call: Call, kept: Any, dims: LayerDims, count: int) -> None:
 
 
 def assign(assigner: Assigner, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
-    """Moves from segments of dropped experts to kept ones. One segment may go to several experts."""
+    """Moves from segments of dropped experts to kept ones. One segment may go to several experts. On the CPU."""
     call = Call("assigner", assigner, bank.dims.layer)
-    moves = call.instance(call("assign", bank=bank, retention=retention, stats=call.seen(stats)), "assign", Assignment)
+    found = call("assign", bank=bank, retention=retention, stats=call.seen(stats))
+    moves = _on_cpu(call.instance(found, "assign", Assignment))
     count = len(call.instance(moves.source, "source", Tensor).flatten())
     width, kept = bank.dims.width, retention.kept
     bounds = {"source": bank.dims.experts * width, "target": len(kept), "partner": width}
     for name, bound in bounds.items():
-        index = _on_cpu(call, call.tensor(getattr(moves, name), name, (count,), torch.int64), name)
+        index = call.tensor(getattr(moves, name), name, (count,), torch.int64)
         call.each(index, (index >= 0) & (index < bound), name, f"in [0, {bound})")
     dropped = ~torch.isin(moves.source // width, kept)
     call.each(moves.source, dropped, "source", "a segment of a dropped expert")
-    _on_cpu(call, call.tensor(moves.affinity, "affinity", (count,), *FLOATING), "affinity")
+    call.tensor(moves.affinity, "affinity", (count,), *FLOATING)
     call.finite(moves.affinity, "affinity")
     if moves.scale is not None:
-        _on_cpu(call, _check_scale(call, moves.scale, (count,)), "scale")
+        _check_scale(call, moves.scale, (count,))
     if moves.left is not None:
         _check_left(call, moves, retention, width)
     return moves
@@ -125,7 +129,7 @@ def assign(assigner: Assigner, bank: ExpertBank, retention: Retention, stats: La
 
 def _check_left(call: Call, moves: Assignment, retention: Retention, width: int) -> None:
     """Own segments of kept experts, each once; a partner is one that stays."""
-    left = _on_cpu(call, call.tensor(moves.left, "left", None, torch.int64), "left")
+    left = call.tensor(moves.left, "left", None, torch.int64)
     ascending = torch.cat([torch.ones(1, dtype=torch.bool), left[1:] > left[:-1]])[: len(left)]
     legal = torch.isin(left // width, retention.kept) & (left >= 0) & ascending
     call.each(left, legal, "left", "segments of kept experts, different and ascending")
@@ -263,7 +267,8 @@ def render(report: Report, run: Mapping[str, Any]) -> str:
     return call.instance(call("render", run=run), "render", str)
 
 
-def _on_cpu(call: Call, value: Tensor, what: str) -> Tensor:
-    if value.device.type != "cpu":
-        raise call.broken("device", f"{what} must be on the CPU", value.device.type)
-    return value
+def _on_cpu(found: _Decision) -> _Decision:
+    """A component works where the weights lie; what it decides is kept on the CPU."""
+    given = {field.name: getattr(found, field.name) for field in fields(found)}
+    there = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.device.type != "cpu"}
+    return replace(found, **{name: value.cpu() for name, value in there.items()}) if there else found

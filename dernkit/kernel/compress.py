@@ -78,7 +78,7 @@ def compress_layer(
     layer and source index only.
     """
     _check_plan(bank, plan)
-    kept = plan.kept.to(bank.up.device)
+    kept, stats = plan.kept.to(bank.up.device), stats.to(bank.up.device)
     rows, biases = _router_rows(bank, plan, router, stats)
     out = CompressedLayer(
         layer=plan.layer,
@@ -201,6 +201,7 @@ def _router_rows(
     told = replace(plan, biased_rows=bias is not None)
     rows = calls.update(router, before.to(torch.float32, copy=True), told, _with_features(bank, router, stats))
     kept = plan.kept.to(bank.router.device)
+    rows = rows.to(bank.router.device)
     new = _unless_same(rows[:, : bank.router.shape[1]], bank.router[kept])
     if bias is None:
         return new, {}

@@ -26,7 +26,6 @@ LAWS: Mapping[str, str] = {
     "type": "returns what its protocol says: tensors, not arrays, lists or None",
     "shape": "returns tensors of the shape that its protocol says",
     "dtype": "returns tensors of the dtype that its protocol says",
-    "device": "returns decisions on the CPU",
     "finite": "returns finite numbers, also for an expert that saw no token",
     "in_range": "returns numbers of experts, neurons, tokens and layers that exist, and counts that are allowed",
     "keeps_scores": "hands on the scores that it was given",
@@ -42,8 +41,8 @@ _TENSORS = (*_READING, "shape", "dtype", "finite")
 LAWS_OF: Mapping[str, tuple[str, ...]] = {
     "scorer": _TENSORS,
     "budget": (*_READING, "finite", "in_range"),
-    "selector": (*_READING, "shape", "dtype", "device", "in_range", "keeps_scores", "groups_as_said", "own_group"),
-    "assigner": (*_TENSORS, "device", "in_range"),
+    "selector": (*_READING, "shape", "dtype", "in_range", "keeps_scores", "groups_as_said", "own_group"),
+    "assigner": (*_TENSORS, "in_range"),
     "similarity": (*_TENSORS, "in_range"),
     "merge": _TENSORS,
     "router": _TENSORS,
@@ -92,7 +91,7 @@ class Call:
             if error.kind:
                 raise
             raise error.by(f"{self.where}: ", self.kind, self.component.name, self.layer) from error
-        except DernkitError:
+        except (DernkitError, torch.OutOfMemoryError):
             raise
         except (Exception, SystemExit) as error:
             if isinstance(error, OSError) and self.kind in _READERS:

@@ -30,6 +30,7 @@ def judge(bank: ExpertBank, compressed: CompressedLayer, plan: LayerPlan, stats:
     Raises:
         CheckpointError: outputs are not finite.
     """
+    stats = stats.to(bank.up.device)
     seen, after = stats.only(frozenset({"sample"})), after_surgery(compressed, bank, plan.kept)
     count, width = compressed.up.shape[:2]
     fewest = 0

@@ -60,7 +60,7 @@ def select(
     In each round about the same share of what is left goes, out of twice as many that are least salient at its
     beginning; within it saliencies follow exactly, so that of two equal neurons one stays. Ties go to the lowest index.
     """
-    left = torch.arange(len(system))
+    left = torch.arange(len(system), device=system.device)
     for number in range(rounds, 0, -1):
         if len(left) <= count:
             break
@@ -77,7 +77,7 @@ def _without(system: System, damping: float, gone: int) -> Int64[Tensor, " left"
     some = order[: 2 * gone].sort().values
     inverse, weights = solved.block(some), solved.weights[some]
     del solved
-    stays = torch.ones(len(system), dtype=torch.bool)
+    stays = torch.ones(len(system), dtype=torch.bool, device=weights.device)
     for _ in range(gone):
         diagonal = inverse.diagonal()
         found = torch.where(stays[some], weights.square().sum(1) / diagonal, torch.inf)

@@ -49,7 +49,8 @@ def layer_error(
     if bank.route is None or bank.tables or "sample" not in stats.values or not stats.router_inputs.numel():
         return None
     after, rows = after_surgery(compressed, bank, kept), new_rows(compressed, bank)
-    changed = _changed(compressed, bank, kept)
+    stats, kept = stats.to(bank.up.device), kept.to(bank.up.device)
+    changed = _changed(compressed, bank, kept).to(kept.device)
     step = max(1, _CHUNK // bank.down.shape[1])
     error = energy = 0.0
     for inputs, seen in zip(stats["sample"].split(step), stats.router_inputs.split(step), strict=True):
@@ -82,6 +83,6 @@ def _changed(compressed: CompressedLayer, bank: ExpertBank, kept: Int64[Tensor, 
 def _only(routing: Routing, experts: Int64[Tensor, " some"], numbers: Int64[Tensor, " some"], none: int) -> Routing:
     """Choices of some experts only, under other numbers; all others become ``none``, which is no expert's."""
     most = int(torch.cat([routing.chosen.flatten(), experts]).max()) + 1
-    places = torch.full((most,), none, dtype=torch.int64)
+    places = torch.full((most,), none, dtype=torch.int64, device=experts.device)
     places[experts] = numbers
     return replace(routing, chosen=places[routing.chosen])

@@ -44,6 +44,11 @@ class System(ABC):
     def energy(self) -> float:
         """``Σ‖y‖²``."""
 
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it is solved."""
+
     @abstractmethod
     def __len__(self) -> int:
         """Neurons."""
@@ -93,6 +98,10 @@ class ByNeurons(System):
     def energy(self) -> float:
         return self.squared
 
+    @property
+    def device(self) -> torch.device:
+        return self.gram.device
+
     def __len__(self) -> int:
         return len(self.gram)
 
@@ -140,6 +149,10 @@ class ByTokens(System):
     def energy(self) -> float:
         return float(self.wanted.square().sum(dtype=torch.float64))
 
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
     def __len__(self) -> int:
         return self.hidden.shape[1]
 
@@ -150,7 +163,7 @@ class ByTokens(System):
     def of(self, neurons: Int64[Tensor, " some"]) -> ByTokens:
         gram = None
         if self._gram is not None and 2 * len(neurons) > len(self):  # fewer products: K less that of the others
-            gone = torch.ones(len(self), dtype=torch.bool).index_fill_(0, neurons, False)
+            gone = torch.ones(len(self), dtype=torch.bool, device=self.device).index_fill_(0, neurons, False)
             others = self.hidden[:, gone].to(self._gram.dtype)
             gram = torch.addmm(self._gram, others, others.T, alpha=-1)
         return ByTokens(self.hidden[:, neurons], self.wanted, gram)
@@ -175,7 +188,7 @@ class ByTokens(System):
 
         def block(some: Int64[Tensor, " some"]) -> Float[Tensor, "some some"]:
             part = half[:, some]
-            return (torch.eye(len(some), dtype=half.dtype) - part.T @ part) / damping
+            return (torch.eye(len(some), dtype=half.dtype, device=half.device) - part.T @ part) / damping
 
         least = torch.finfo(half.dtype).eps  # a diagonal of 0 would be a neuron of infinite saliency
         return Solved(weights, (1 - half.square().sum(0)).clamp(min=least) / damping, block)
@@ -232,7 +245,7 @@ def total(systems: Sequence[System]) -> System:
 def equations(hidden: Float32[Tensor, "tokens neurons"], wanted: Float32[Tensor, "tokens hidden"]) -> ByNeurons:
     """Of features h and what they should give, y; products of 4,096 tokens at a time in float32, their sums in float64
     for up to 4,096 neurons."""
-    gram = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=_dtype(hidden.shape[1]))
+    gram = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=_dtype(hidden.shape[1]), device=hidden.device)
     for h in hidden.split(_ROWS):
         gram += h.T @ h
     return ByNeurons(gram, *_right(hidden, wanted, gram.dtype))
@@ -240,7 +253,7 @@ def equations(hidden: Float32[Tensor, "tokens neurons"], wanted: Float32[Tensor,
 
 def _right(hidden: Tensor, wanted: Tensor, dtype: torch.dtype) -> tuple[Float[Tensor, "neurons hidden"], float]:
     """``hᵀy`` and ``Σ‖y‖²``."""
-    right = torch.zeros(hidden.shape[1], wanted.shape[1], dtype=dtype)
+    right = torch.zeros(hidden.shape[1], wanted.shape[1], dtype=dtype, device=hidden.device)
     for h, y in zip(hidden.split(_ROWS), wanted.split(_ROWS), strict=True):
         right += h.T @ y
     return right, float(wanted.square().sum(dtype=torch.float64))

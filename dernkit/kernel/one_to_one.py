@@ -31,7 +31,7 @@ def one_to_one(affinity: Float[Tensor, "rows columns"]) -> Int64[Tensor, " rows"
         )
     # A float64 copy is made anyway; negated, it spares scipy a second one.
     cost = affinity.to(torch.float64, copy=True).neg_()
-    _, columns = linear_sum_assignment(cost.numpy(force=True))
+    _, columns = linear_sum_assignment(cost.cpu().numpy())
     return torch.from_numpy(columns).to(affinity.device)
 
 

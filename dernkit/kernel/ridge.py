@@ -21,13 +21,13 @@ def ridge_fit(
     sampled, features = inputs.shape
     total = sum(float(part.to(torch.float64).square().sum()) for part in inputs.split(_ROWS))
     if not total:
-        return torch.zeros(wanted.shape[1], features, dtype=torch.float64)
+        return torch.zeros(wanted.shape[1], features, dtype=torch.float64, device=inputs.device)
     penalty = ridge * total / min(sampled, features)
     if sampled <= features:
         x = inputs.to(torch.float64)
         return (x.T @ _solve(x @ x.T, penalty, wanted)).T
-    gram = torch.zeros(features, features, dtype=torch.float64)
-    right = torch.zeros(features, wanted.shape[1], dtype=torch.float64)
+    gram = torch.zeros(features, features, dtype=torch.float64, device=inputs.device)
+    right = torch.zeros(features, wanted.shape[1], dtype=torch.float64, device=inputs.device)
     for x, y in zip(inputs.split(_ROWS), wanted.split(_ROWS), strict=True):
         x = x.to(torch.float64)
         gram += x.T @ x

@@ -84,8 +84,14 @@ class Accumulator:
         self._add("routed", _per_expert(chosen, torch.ones_like(weights), dims.experts))
         self._add("gate_sum", _per_expert(chosen, weights, dims.experts))
         if self._requires & _OUTPUT_STATISTICS:
+            sums = {
+                name: torch.zeros_like(self._sums[name], device=inputs.device)
+                for name in sorted(self._requires & _OUTPUT_STATISTICS)
+            }
             for expert in range(dims.experts):
-                self._add_outputs(bank, expert, inputs, chosen, weights)
+                _add_outputs(sums, bank, expert, inputs, chosen, weights)
+            for name, value in sums.items():
+                self._add(name, value)
         if self._sample_size:
             self._sample(inputs, router_inputs)
         self._tokens += len(inputs)
@@ -93,38 +99,20 @@ class Accumulator:
 
     def _add(self, name: str, value: Tensor) -> None:
         if name in self._sums:
-            self._sums[name] += value
-
-    def _add_outputs(self, bank: ExpertBank, expert: int, inputs: Tensor, chosen: Tensor, weights: Tensor) -> None:
-        rows, columns = torch.where(chosen == expert)
-        if not len(rows):
-            return
-        seen, coefficients = inputs[rows], weights[rows, columns]
-        if bank.coefficient_on_input:
-            seen, coefficients = seen * coefficients[:, None].to(seen.dtype), torch.ones_like(coefficients)
-        outputs = bank.output(expert, seen).to(torch.float64)
-        norms = outputs.norm(dim=1)
-        for name, value in (
-            ("output_norm_sum", norms.sum()),
-            ("output_sq_sum", norms.square().sum()),
-            ("reap_sum", (coefficients * norms).sum()),
-            ("output_sum", outputs.sum(dim=0)),
-        ):
-            if name in self._sums:
-                self._sums[name][expert] += value
+            self._sums[name] += value.cpu()
 
     def _sample(self, inputs: Tensor, router_inputs: Tensor | None) -> None:
         token = torch.arange(self._next, self._next + len(inputs))
-        rows = {"sample_key": sample_keys(self._seed, token), "sample_token": token, "sample": inputs}
+        rows = {"sample_key": sample_keys(self._seed, token), "sample_token": token, "sample": inputs.cpu()}
         if router_inputs is not None:
-            rows["router_sample"] = router_inputs
+            rows["router_sample"] = router_inputs.cpu()
         if self._reservoir:
             rows = {name: torch.cat([self._reservoir[name], new]) for name, new in rows.items()}
         order = torch.argsort(rows["sample_key"], stable=True)[: self._sample_size]
         self._reservoir = {name: value[order].clone() for name, value in rows.items()}
 
     def stats(self) -> LayerStats:
-        """What has been accumulated so far."""
+        """What has been accumulated so far, on the CPU."""
         values = dict(self._sums)
         if self._sample_size:
             if not self._reservoir:
@@ -133,8 +121,29 @@ class Accumulator:
         return LayerStats(self._tokens, values, self._sample_size, self._held_out)
 
 
+def _add_outputs(
+    sums: Mapping[str, Tensor], bank: ExpertBank, expert: int, inputs: Tensor, chosen: Tensor, weights: Tensor
+) -> None:
+    rows, columns = torch.where(chosen == expert)
+    if not len(rows):
+        return
+    seen, coefficients = inputs[rows], weights[rows, columns]
+    if bank.coefficient_on_input:
+        seen, coefficients = seen * coefficients[:, None].to(seen.dtype), torch.ones_like(coefficients)
+    outputs = bank.output(expert, seen).to(torch.float64)
+    norms = outputs.norm(dim=1)
+    for name, value in (
+        ("output_norm_sum", norms.sum()),
+        ("output_sq_sum", norms.square().sum()),
+        ("reap_sum", (coefficients * norms).sum()),
+        ("output_sum", outputs.sum(dim=0)),
+    ):
+        if name in sums:
+            sums[name][expert] += value
+
+
 def _per_expert(chosen: Int64[Tensor, "n top_k"], values: Tensor, experts: int) -> Tensor:
-    sums = torch.zeros(experts + 1, dtype=torch.float64)
+    sums = torch.zeros(experts + 1, dtype=torch.float64, device=values.device)
     return sums.index_add_(0, chosen.reshape(-1), values.reshape(-1))[:experts]
 
 

@@ -20,6 +20,7 @@ def remap(table: Int64[Tensor, "tokens top_k"], plan: LayerPlan) -> Int64[Tensor
         CheckpointError: the table does not hold the numbers of experts, or a row names one twice.
     """
     _check(table, plan)
+    device, table = table.device, table.cpu()
     position = torch.full((plan.experts,), -1, dtype=torch.int64)
     position[plan.kept] = torch.arange(len(plan.kept))
     new = position[table]
@@ -32,7 +33,7 @@ def remap(table: Int64[Tensor, "tokens top_k"], plan: LayerPlan) -> Int64[Tensor
         ranks = rank[table[gone, column]].masked_fill(taken[gone], len(plan.kept))
         new[gone, column] = ranks.argmin(dim=1)
         taken[gone, new[gone, column]] = True
-    return new.to(table.dtype)
+    return new.to(device, table.dtype)
 
 
 def _heirs(plan: LayerPlan) -> Int64[Tensor, "experts kept"]:

@@ -40,11 +40,11 @@ def check_experts(block: _Block) -> None:
     """
     bank, experts, where = block.bank(), block.experts, f"{block.path}.{block.experts_below}".rstrip(".")
     rng = torch.Generator().manual_seed(0)
-    top_k, dtype = block.dims.top_k, bank.up.dtype
+    top_k, dtype, device = block.dims.top_k, bank.up.dtype, bank.up.device
     pool = torch.randperm(block.dims.experts, generator=rng)[: max(top_k, 3)]
-    chosen = torch.stack([pool[torch.randperm(len(pool), generator=rng)[:top_k]] for _ in range(4)])
-    hidden = torch.randn(4, block.dims.hidden, generator=rng).to(dtype)
-    coefficients = (0.5 + torch.rand(4, top_k, generator=rng)).to(dtype)
+    chosen = torch.stack([pool[torch.randperm(len(pool), generator=rng)[:top_k]] for _ in range(4)]).to(device)
+    hidden = torch.randn(4, block.dims.hidden, generator=rng).to(device, dtype)
+    coefficients = (0.5 + torch.rand(4, top_k, generator=rng)).to(device, dtype)
     try:
         with torch.no_grad(), _of_one_dtype(experts, dtype):
             found = block.layout.run(experts, hidden, chosen, coefficients).to(torch.float32)
@@ -77,7 +77,7 @@ def _of_one_dtype(experts: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _summed(bank: ExpertBank, hidden: Tensor, chosen: Tensor, coefficients: Tensor) -> Tensor:
-    total = torch.zeros(bank.dims.hidden)
+    total = torch.zeros(bank.dims.hidden, device=hidden.device)
     for expert, coefficient in zip(chosen.tolist(), coefficients.to(torch.float32), strict=True):
         if bank.coefficient_on_input:
             total += bank.output(expert, (coefficient * hidden)[None])[0]

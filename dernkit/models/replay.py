@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dernkit.errors import CheckpointError
+from dernkit.models.device import home
 
 
 @runtime_checkable
@@ -75,7 +76,7 @@ def passes_state(
     loader.load(layers[0])
     handle = stack[0].register_forward_hook(look)
     try:
-        owner(input_ids=batches[0][:1, :8], use_cache=False)
+        owner(input_ids=batches[0][:1, :8].to(home(owner)), use_cache=False)
     except StopError:
         pass
     finally:
@@ -141,7 +142,7 @@ def record(
 
     with forwards(stack, [stub(index) for index in range(len(stack))]):
         for batch in batches:
-            owner(input_ids=batch, use_cache=False)
+            owner(input_ids=batch.to(home(owner)), use_cache=False)
     return hidden, arguments
 
 
@@ -205,7 +206,7 @@ def _forward_by_forward(
     try:
         for batch in batches:
             size[0] = batch.numel()
-            owner(input_ids=batch, use_cache=False)
+            owner(input_ids=batch.to(home(owner)), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

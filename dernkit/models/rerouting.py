@@ -123,7 +123,7 @@ def routes_again(bank: ExpertBank, inputs: Tensor, chosen: Tensor, coefficients:
         return False
     found = bank.route(inputs, None)
     size = max(bank.dims.experts, int(chosen.max()) + 1, int(found.chosen.max()) + 1)
-    dense = torch.zeros(2, len(inputs), size)
+    dense = torch.zeros(2, len(inputs), size, device=inputs.device)
     dense[0].scatter_add_(1, chosen, coefficients.to(torch.float32))
     dense[1].scatter_add_(1, found.chosen, found.coefficients)
     differ = (dense[0] - dense[1]).abs().amax(dim=1) > 0.05 * dense[0].amax(dim=1)
@@ -148,8 +148,8 @@ def _with_rows(block: Routable, module: Any, experts: Tensor | None, rows: Tenso
     if rows is None:
         yield
         return
-    places = torch.arange(block.dims.experts) if experts is None else experts
     weight = module.get_parameter(block.router_name).data
+    places = _numbers(block, experts, weight.device)
     parts = [(weight, 0, rows[:, : weight.shape[1]])]
     if block.router_bias is not None:
         bias = dict((*module.named_parameters(), *module.named_buffers()))[block.router_bias].data
@@ -157,21 +157,25 @@ def _with_rows(block: Routable, module: Any, experts: Tensor | None, rows: Tenso
     before = [tensor.clone() for tensor, *_ in parts]
     try:
         for tensor, dim, values in parts:
-            tensor.index_copy_(dim, places, values.to(tensor.dtype))
+            tensor.index_copy_(dim, places, values.to(tensor))
         yield
     finally:
         for (tensor, *_), values in zip(parts, before, strict=True):
             tensor.copy_(values)
 
 
+def _numbers(block: Routable, experts: Tensor | None, device: torch.device) -> Tensor:
+    return torch.arange(block.dims.experts, device=device) if experts is None else experts.to(device)
+
+
 @torch.no_grad()
 def routed(block: Routable, module: Any, inputs: Tensor, experts: Tensor | None, alone: bool, scale: float) -> Routing:
     count = block.dims.experts
-    masked = torch.ones(count, dtype=torch.bool)
-    masked[torch.arange(count) if experts is None else experts] = False
-    gone = masked.nonzero().flatten()
     weight = module.get_parameter(block.router_name)
-    hidden = inputs.to(weight.dtype)[None]
+    masked = torch.ones(count, dtype=torch.bool, device=weight.device)
+    masked[_numbers(block, experts, weight.device)] = False
+    gone = masked.nonzero().flatten()
+    hidden = inputs.to(weight)[None]
     kept = _mask_biases(block, module, gone)
     mode = _Masked(weight.shape, gone)
     try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dernkit.errors import CheckpointError
+from dernkit.models.device import home
 from dernkit.models.replay import Advance, Loader, Observe, StopError, forwards, only_hidden, passes_state, record
 
 Call = tuple[tuple, dict]
@@ -180,7 +181,7 @@ class _Forward(threading.Thread):
             self._go.acquire()
             if not self._ended:
                 with torch.no_grad():  # which is a thread's own
-                    self._owner(input_ids=self._batch, use_cache=False)
+                    self._owner(input_ids=self._batch.to(home(self._owner)), use_cache=False)
         except StopError:
             pass
         except BaseException as error:

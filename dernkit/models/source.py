@@ -20,6 +20,7 @@ from dernkit.errors import CheckpointError
 from dernkit.models.architecture import read_config
 from dernkit.models.checkpoint import Checkpoint, open_checkpoint
 from dernkit.models.config_class import check_model_type, check_rotary, model_class, not_understood
+from dernkit.models.device import CPU
 from dernkit.models.headers import TORCH_DTYPES
 from dernkit.models.mtp import Mtp, MtpLayer, find_mtp
 from dernkit.models.probe import build_on_meta
@@ -43,6 +44,8 @@ class SourceModel:
     """How the checkpoint is quantised; ``config`` and ``checkpoint`` show it as it is read, in bfloat16."""
     counts: tuple[int, ...] | None = None
     """Experts in every MoE layer, where they differ: a result of dernkit's that only dernkit loads."""
+    device: torch.device = CPU
+    """Where its weights are loaded to."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,7 +77,7 @@ class SourceModel:
         if self.counts is not None:
             set_counts(self.path, blocks, self.counts)
         model.set_experts_implementation("eager")
-        return Store(model, self.checkpoint, keep_dtypes=keep_dtypes), blocks
+        return Store(model, self.checkpoint, keep_dtypes=keep_dtypes, device=self.device), blocks
 
     @cached_property
     def mtp(self) -> Mtp:
@@ -121,13 +124,22 @@ class SourceModel:
         return digest.hexdigest()
 
 
-def open_source(path: Path, adapters: Sequence[Adapter], *, trust_remote_code: bool = False) -> SourceModel:
+def open_source(
+    path: Path, adapters: Sequence[Adapter], *, trust_remote_code: bool = False, device: torch.device = CPU
+) -> SourceModel:
     """Read config and headers, build on the meta device, and check that all of it is understood.
+
+    Args:
+        path: the model's directory.
+        adapters: of all kinds of blocks.
+        trust_remote_code: whether code that comes with the model may run.
+        device: where weights are loaded to.
 
     Raises:
         CheckpointError: not a MoE, quantised, damaged, or of a layout that no adapter explains.
     """
-    source = replace(read_source(path, trust_remote_code=trust_remote_code), adapters=tuple(adapters))
+    source = read_source(path, trust_remote_code=trust_remote_code)
+    source = replace(source, adapters=tuple(adapters), device=device)
     for block in source.outline[1]:
         _check_routing(path, block)
         block.router_kind()  # runs the router: one that does not do what its shapes say is refused here

@@ -23,6 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from dernkit.errors import CheckpointError
 from dernkit.models.checkpoint import Checkpoint
+from dernkit.models.device import CPU
 from dernkit.models.headers import TORCH_DTYPES
 from dernkit.models.orientation import refuse_square, settled
 
@@ -48,11 +49,15 @@ class Store:
         model: built on the meta device with real buffers, parameters in the dtype to compute in.
         checkpoint: where its tensors lie.
         keep_dtypes: load every tensor in its dtype on disk (for surgery) instead of the model's (for forward passes).
+        device: where the model's buffers go, and all that is loaded.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, *, keep_dtypes: bool = False) -> None:
+    def __init__(
+        self, model: Any, checkpoint: Checkpoint, *, keep_dtypes: bool = False, device: torch.device = CPU
+    ) -> None:
         self.model = model
         self.checkpoint = checkpoint
+        self.device = device
         self.target_of = _namer(model)
         targets = {key: self.target_of(key) for key in checkpoint.tensors}
         self.target = {key: target for key, target in targets.items() if target is not None}
@@ -61,6 +66,8 @@ class Store:
         self._dtype_plan = {} if keep_dtypes else model._get_dtype_plan(model.dtype)
         if keep_dtypes:
             self._adopt_dtypes()
+        if device != CPU:
+            self._move_buffers()
         self._conversions, self._turned = settled(model._weight_conversions, self._shapes())
 
     def keys(self, names: Iterable[str]) -> list[str]:
@@ -154,7 +161,7 @@ class Store:
         return names
 
     def _load(self, keys: list[str], what: str) -> None:
-        load_config = _load_config(self.model, "cpu", self._dtype_plan)
+        load_config = _load_config(self.model, str(self.device), self._dtype_plan)
         with self.checkpoint.slices(keys) as slices, quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, load_config)
         problems = [*info.mismatched_keys, *info.unexpected_keys, *info.conversion_errors.values()]
@@ -229,6 +236,12 @@ class Store:
         missing = sorted(info.missing_keys - tied)
         if missing:
             raise CheckpointError(f"{where} Got no tensor for '{missing[0]}' instead. Download the checkpoint again.")
+
+    def _move_buffers(self) -> None:
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
 
     def _adopt_dtypes(self) -> None:
         for key, target in self.target.items():

@@ -156,7 +156,7 @@ class ShardWriter:
                 f"{self.folder}: '{name}' must be {entry.dtype} {list(entry.shape)}. "
                 f"Got {SAFETENSORS_DTYPES[tensor.dtype]} {list(tensor.shape)} instead. This is a bug of the adapter."
             )
-        raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        raw = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         _pwrite(descriptor, raw, entry.start)
 
     def copy_untouched(self) -> None:

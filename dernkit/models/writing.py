@@ -13,6 +13,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from dernkit.errors import CheckpointError
+from dernkit.models.device import home
 from dernkit.models.replay import Loader
 from dernkit.models.stack import Stack
 
@@ -40,14 +41,15 @@ class ModelWriter:
                 f"language-model head. Got {type(self.model).__name__} without one instead. Calibrate on text."
             )
         tokens, cache = prompts, None
+        device = home(self.model)
         caches = "past_key_values" in inspect.signature(self.model.forward).parameters
         with self._one_layer_at_a_time():
             while tokens.shape[1] < length:
                 given = tokens if cache is None else tokens[:, -1:]
                 kept = {"past_key_values": cache, "use_cache": True} if caches else {"use_cache": False}
-                found = self.model(input_ids=given, **kept)
+                found = self.model(input_ids=given.to(device), **kept)
                 cache = getattr(found, "past_key_values", None)
-                logits = found.logits[:, -1].to(torch.float32)
+                logits = found.logits[:, -1].cpu().to(torch.float32)
                 if not bool(logits.isfinite().all()):
                     raise CheckpointError(
                         "self-generated text: logits must be finite. Got NaN or infinity instead. The model overflows: "

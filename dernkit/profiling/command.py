@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from dernkit import listing
 from dernkit.errors import RecipeError
 from dernkit.models.architecture import use_architecture
+from dernkit.models.device import CPU
 from dernkit.models.source import open_source
 from dernkit.parts import Parts
 from dernkit.profiling import words
@@ -33,6 +35,7 @@ def profile(
     given: Path | None = None,
     rise: float = 0.05,
     trust_remote_code: bool = False,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """Layer errors and expected rises of the loss for a sweep of ratios, from one calibration.
 
@@ -46,13 +49,14 @@ def profile(
         given: the `stats.safetensors` of a run with this model, used instead of calibrating.
         rise: budget in nats per token.
         trust_remote_code: whether code that comes with the model may run.
+        device: where layers run and are compressed.
 
     Raises:
         DernkitError: with one sentence.
     """
     with registry.naming_plugins():
         parts = Parts(recipe, registry, use_architecture(path, registry.components("architecture")))
-        source = open_source(path, parts.adapters(), trust_remote_code=trust_remote_code)
+        source = open_source(path, parts.adapters(), trust_remote_code=trust_remote_code, device=device)
         keeps = keeps or ratios(source, recipe.plan.groups)
         check(source, recipe, keeps)
         again = f"dernkit profile {recipe.path or 'RECIPE'} --model {model}"

@@ -302,7 +302,7 @@ def _check_round_trip(store: Store, block: Block) -> None:
     """What is loaded and written back unchanged must be the source's bytes: else the layout is not understood."""
     for name, tensor in block.tensors().items():
         for key, value in store.to_disk({name: tensor}).items():
-            if key not in store.checkpoint.tensors or not torch.equal(value, store.checkpoint.read(key)):
+            if key not in store.checkpoint.tensors or not torch.equal(value.cpu(), store.checkpoint.read(key)):
                 raise CheckpointError(
                     f"{store.checkpoint.path}: reading and writing back must give the same tensors. Got a different "
                     f"'{store.checkpoint.stored(key)}' instead. This checkpoint's layout needs an adapter plugin."

@@ -6,12 +6,15 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from dernkit.api import Adapter, Evaluator, Subject
 from dernkit.errors import CheckpointError
 from dernkit.kernel import calls
+from dernkit.models.device import CPU
 from dernkit.models.loading import load_checked
 from dernkit.progress import Progress
 from dernkit.sentences import reason
@@ -32,7 +35,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> object:
         ) from None
 
 
-def load_subject(path: Path, adapters: Sequence[Adapter] = (), *, trust_remote_code: bool = False) -> Subject:
+def load_subject(
+    path: Path, adapters: Sequence[Adapter] = (), *, trust_remote_code: bool = False, device: torch.device = CPU
+) -> Subject:
     """The whole model in memory, as any user of transformers would load it, in its own dtype.
 
     A quantised checkpoint is loaded as it is compressed: decoded to bfloat16, not run on the kernels of its format. A
@@ -42,7 +47,8 @@ def load_subject(path: Path, adapters: Sequence[Adapter] = (), *, trust_remote_c
         CheckpointError: transformers cannot load it, or reports a missing, unexpected or mismatched key.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    return Subject(load_checked(path, adapters, trust_remote_code=trust_remote_code), tokenizer, path)
+    model = load_checked(path, adapters, trust_remote_code=trust_remote_code)
+    return Subject(model.to(device), tokenizer, path)
 
 
 def evaluate(
@@ -54,14 +60,17 @@ def evaluate(
     adapters: Sequence[Adapter] = (),
     trust_remote_code: bool = False,
     original: Path | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, Mapping[str, float]]:
-    """``position:name`` of each evaluator -> its metrics; ``original``: the model that this one was made from."""
+    """``position:name`` of each evaluator -> its metrics; ``original``: the model that this one was made from;
+    ``device``: where both run."""
     results: dict[str, Mapping[str, float]] = {}
     if not evaluators:
         return results
-    subject = load_subject(path, adapters, trust_remote_code=trust_remote_code)
+    how: Any = {"trust_remote_code": trust_remote_code, "device": device}
+    subject = load_subject(path, adapters, **how)
     if original is not None:
-        load = functools.partial(load_subject, original, adapters, trust_remote_code=trust_remote_code)
+        load = functools.partial(load_subject, original, adapters, **how)
         subject = replace(subject, original=functools.cache(load))
     with progress.track(f"evaluate {what}", len(evaluators), "evaluators") as tracker:
         for position, evaluator in enumerate(evaluators):

@@ -126,8 +126,10 @@ def score_blocks(
     for block in blocks:
         weights.load(block.path)
         block.check()
-        scores.append(calls.score(decisions.scorer, block.bank(), _of(stats, block)))
-        measures.append(calls.measure(decisions.budget, block.bank(), scores[-1], _of(stats, block)))
+        bank = block.bank()
+        seen = _of(stats, block).to(bank.up.device)
+        scores.append(calls.score(decisions.scorer, bank, seen))
+        measures.append(calls.measure(decisions.budget, bank, scores[-1], seen))
         weights.unload(block.path)
         tracker.advance(1, f"score, layer {block.layer}")
     return scores, measures

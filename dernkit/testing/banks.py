@@ -50,10 +50,10 @@ def softmax_route(router: Float[Tensor, "experts hidden"], top_k: int) -> Route:
     """Softmax over the top-k logits, as in Mixtral; of a tie the lowest index."""
 
     def route(inputs: Tensor, experts: Tensor | None = None, rows: Tensor | None = None) -> Routing:
-        used = router.to(torch.float32)
+        used = router.to(inputs.device, torch.float32)
         if rows is not None:
             places = torch.arange(len(router)) if experts is None else experts
-            used = used.index_copy(0, places, rows.to(torch.float32))
+            used = used.index_copy(0, places.to(used.device), rows.to(used))
         logits = inputs.to(torch.float32) @ used.T
         if experts is not None:
             masked = torch.full_like(logits, -torch.inf)

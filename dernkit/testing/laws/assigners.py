@@ -25,14 +25,14 @@ class Given:
 
 
 def move_columns(assigner: Any, given: Given) -> None:
-    """Moves are four CPU columns of one length: int64 source, target and partner, floating affinity."""
+    """Moves are four columns of one length: int64 source, target and partner, floating affinity."""
     moves = _moves(assigner, given)
     for name in ("source", "target", "partner", "affinity"):
         column = getattr(moves, name)
         typed = column.is_floating_point() if name == "affinity" else column.dtype == torch.int64
         require(
-            typed and column.shape == (len(moves.source),) and column.device.type == "cpu",
-            f"return {name} as {'floating' if name == 'affinity' else 'int64'} [{len(moves.source)}] on the CPU",
+            typed and column.shape == (len(moves.source),),
+            f"return {name} as {'floating' if name == 'affinity' else 'int64'} [{len(moves.source)}]",
             f"{column.dtype} {list(column.shape)}",
             "Make the columns of an Assignment equally long.",
         )
