@@ -14,7 +14,7 @@ from dernkit.artifacts import read_json
 from dernkit.models.export import Export
 from dernkit.models.folder import RECORD
 from dernkit.models.source import SourceModel, open_source
-from dernkit.stages.apply import expert_bytes
+from dernkit.stages.results import expert_bytes
 
 if TYPE_CHECKING:
     from dernkit.recipe import Recipe

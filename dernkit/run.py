@@ -28,18 +28,18 @@ from dernkit.artifacts import (
     whole,
 )
 from dernkit.components import Component
-from dernkit.digest import content_digests, digest, file_digest, missing_paths
+from dernkit.digest import file_digest, missing_paths
 from dernkit.directory import EVAL, LOCK, MODEL, MOVES, PLAN, STATS, RunDirectory
 from dernkit.errors import CheckpointError, RecipeError
 from dernkit.gather import gather
 from dernkit.kernel import calls
+from dernkit.keys import Keys
 from dernkit.models.architecture import use_architecture
 from dernkit.models.device import CPU
 from dernkit.models.export import check_export
 from dernkit.models.folder import RECORD as MADE_FROM
-from dernkit.models.folder import TOKENIZER, other_files
 from dernkit.models.source import SourceModel, open_source
-from dernkit.parts import ACTING, DECIDING, Parts
+from dernkit.parts import Parts
 from dernkit.progress import Progress
 from dernkit.recipe import CalibrateSpec, Recipe
 from dernkit.registry import Registry
@@ -116,10 +116,11 @@ class Run:
         self._check_statistics(fingerprint)
         with self._place.locked():
             self._write_lock(fingerprint)
-            stats = self._calibrate(source, fingerprint)
-            self._plan(source, stats, fingerprint)
-            self._apply(source, stats, fingerprint)
-            self._evaluate(fingerprint)
+            keys = Keys(self.recipe, self._parts, self.path, self.out, fingerprint)
+            stats = self._calibrate(source, keys)
+            self._plan(source, stats, keys)
+            self._apply(source, stats, keys)
+            self._evaluate(keys)
             report = self._report(source)
             self._place.tidy()
             return report
@@ -165,7 +166,7 @@ class Run:
         text = yaml.safe_dump(lock, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
         self._place.write(LOCK, text)
 
-    def _calibrate(self, source: SourceModel, fingerprint: str) -> dict[int, LayerStats]:
+    def _calibrate(self, source: SourceModel, keys: Keys) -> dict[int, LayerStats]:
         spec, requires = self.recipe.calibrate, self.recipe.requires
         if spec is None or not requires:
             return {}
@@ -174,20 +175,7 @@ class Run:
             return calibrate.load_stats(self.out / STATS)
         # `routed` is always counted: the report names experts that saw no token.
         requires = requires | {"routed"}
-        resolved = self.recipe.resolved()
-        surgery = {name: resolved["apply"].get(name) for name in ("merge", "router", "refit", "width")}
-        made_from = digest(
-            resolved["calibrate"],
-            content_digests(spec.source),
-            sorted(requires),
-            self.recipe.seed,
-            fingerprint,
-            [(file.name, file_digest(file)) for pattern in TOKENIZER for file in sorted(self.path.glob(pattern))],
-            self._parts.versions("source", "adapter"),
-            # Then the statistics are made with the plan, and with what it makes of the layers.
-            [resolved["plan"], surgery, self._parts.versions(*DECIDING, *ACTING)] if self._sequential else [],
-        )
-        key = given.stats_key(fingerprint, made_from, sequential=self._sequential)
+        key = keys.statistics(spec, requires)
 
         def work() -> None:
             batches = calibration_batches(source, spec, self.recipe.seed)
@@ -202,7 +190,7 @@ class Run:
             with self._place.renamed(STATS) as file:
                 calibrate.save_stats(stats, file, key)
             if plans is not None:  # a run that is killed before this makes the same plans from the statistics
-                self._save_plan(plans, stats, fingerprint)
+                self._save_plan(plans, stats, keys)
 
         refuse_broken(self.out / PLAN)
         self._place.stage("calibrate", safetensors_key(self.out / STATS) == key, work)
@@ -216,14 +204,8 @@ class Run:
         there = self.out / STATS
         self._place.stage("calibrate", there.exists() and file_digest(there) == file_digest(file), work)
 
-    def _plan_key(self, stats: Mapping[int, LayerStats], fingerprint: str) -> tuple[str, str]:
-        """Digests of all that the plan is made from, and of the statistics alone."""
-        made_from = file_digest(self.out / STATS) if stats else ""
-        resolved = self.recipe.resolved()["plan"]
-        return digest(resolved, made_from, fingerprint, self._parts.versions(*DECIDING, "adapter")), made_from
-
-    def _save_plan(self, plans: Sequence[LayerPlan], stats: Mapping[int, LayerStats], fingerprint: str) -> None:
-        key, made_from = self._plan_key(stats, fingerprint)
+    def _save_plan(self, plans: Sequence[LayerPlan], stats: Mapping[int, LayerStats], keys: Keys) -> None:
+        key, made_from = keys.plan(calibrated=bool(stats))
         header = {
             "dernkit": 1,
             "key": key,
@@ -237,35 +219,17 @@ class Run:
         publish(folder / MOVES, self.out / MOVES)
         publish(folder / PLAN, self.out / PLAN)
 
-    def _plan(self, source: SourceModel, stats: dict[int, LayerStats], fingerprint: str) -> None:
+    def _plan(self, source: SourceModel, stats: dict[int, LayerStats], keys: Keys) -> None:
         def work() -> None:
             plans = plan.plan_checkpoint(source, self.recipe.plan, stats, self.progress)
-            self._save_plan(plans, stats, fingerprint)
+            self._save_plan(plans, stats, keys)
 
         refuse_broken(self.out / PLAN)
-        keys = {json_key(self.out / PLAN), safetensors_key(self.out / MOVES)}
-        self._place.stage("plan", keys == {self._plan_key(stats, fingerprint)[0]}, work)
+        found = {json_key(self.out / PLAN), safetensors_key(self.out / MOVES)}
+        self._place.stage("plan", found == {keys.plan(calibrated=bool(stats))[0]}, work)
 
-    @property
-    def _applies_statistics(self) -> bool:
-        how = self.recipe.apply
-        acting = (how.merge, how.router, how.refit)
-        return any(part.requires for part in acting if part is not None)
-
-    def _apply_key(self, fingerprint: str) -> str:
-        return digest(
-            self.recipe.resolved()["apply"],
-            file_digest(self.out / PLAN),
-            file_digest(self.out / MOVES),
-            self.recipe.seed,
-            fingerprint,
-            file_digest(self.out / STATS) if self._applies_statistics else "",
-            [(file.name, file_digest(file)) for file in other_files(self.path)],
-            self._parts.versions(*ACTING, "adapter"),
-        )
-
-    def _apply(self, source: SourceModel, stats: dict[int, LayerStats], fingerprint: str) -> None:
-        key = self._apply_key(fingerprint)
+    def _apply(self, source: SourceModel, stats: dict[int, LayerStats], keys: Keys) -> None:
+        key = keys.apply()
 
         def work() -> None:
             folder = self._place.partial / MODEL
@@ -291,21 +255,16 @@ class Run:
             mtp = bool(source.mtp.tensors)
             text = card.render(self.model, self.recipe, plans, applied.export, mtp=mtp, quantisation=quantisation)
             (folder / "README.md").write_text(text, encoding="utf-8")
-            record = {"key": key, "source": fingerprint, "fits": applied.fits, "files": sizes(folder)}
+            record = {"key": key, "source": keys.fingerprint, "fits": applied.fits, "files": sizes(folder)}
             (folder / MADE_FROM).write_text(json.dumps(record) + "\n", encoding="utf-8")
             replace_folder(folder, self.out / MODEL)
 
         made = read_json(self.out / MODEL / MADE_FROM)
         self._place.stage("apply", made.get("key") == key and whole(self.out / MODEL, made.get("files", {})), work)
 
-    def _evaluate(self, fingerprint: str) -> None:
+    def _evaluate(self, keys: Keys) -> None:
         evaluators = self.recipe.evaluators
-        measured_by = digest(
-            self.recipe.resolved()["evaluate"],
-            [content_digests(evaluator) for evaluator in evaluators],
-            self._parts.versions("evaluator"),
-        )
-        key, before_key = digest(measured_by, self._apply_key(fingerprint)), digest(measured_by, fingerprint)
+        key, before_key = keys.evaluate()
 
         def work() -> None:
             earlier = read_json(self.out / EVAL)

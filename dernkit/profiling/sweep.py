@@ -22,9 +22,10 @@ from dernkit.models.source import SourceModel
 from dernkit.progress import Progress
 from dernkit.recipe import Recipe
 from dernkit.run import calibration_batches, refuse_missing
-from dernkit.stages.apply import check_new_width, result_bytes
+from dernkit.stages.apply import check_new_width
 from dernkit.stages.calibrate import calibrate_checkpoint, load_stats
 from dernkit.stages.plan import allocate, check_keep, decide, score_blocks
+from dernkit.stages.results import result_bytes
 from dernkit.types import Assignment, LayerPlan, LayerStats
 
 MOST = 8

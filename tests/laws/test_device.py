@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,15 @@ from dernkit.stages.calibrate import batched, calibrate_checkpoint
 from dernkit.stages.evaluate import evaluate
 from dernkit.stages.plan import plan_checkpoint
 from dernkit.testing.checkpoints import save_tiny, tiny_tokenizer
+from dernkit.testing.quantised import quantise_fp8, quantise_mxfp4
 from dernkit.testing.runs import TEXT
 from dernkit.types import STATISTICS
 from tests.laws.every_model import load, saved
+from tests.laws.mtp_checkpoints import save
 from tests.laws.pipeline import DERN, carry_out, recipe, source, tensors
 from tests.laws.test_every_family import TOKENS, every_family
 from tests.second_device import SECOND
-from tests.unit.workbench import Workbench
+from tests.unit.workbench import Workbench, edit_tensors, save_tokenizer, succeeded
 from tests.unit.workbench import dernkit as cli
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -94,6 +98,42 @@ def test_every_family(tmp_path: Path, registry: Registry, family: str) -> None:
     for layer, values in expected.items():
         assert_near(dict(stats[layer].values), dict(values.values))
     assert_near(also_weights, weights)
+
+
+def double_first_layer(weights: dict[str, torch.Tensor]) -> None:
+    """Its experts stay where one threshold is for all layers."""
+    for name in weights:
+        if "layers.0.block_sparse_moe.experts" in name:
+            weights[name] *= 2
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4", "uneven", "mtp"])
+def test_every_kind_of_checkpoint(kind: str, tmp_path: Path) -> None:
+    family = {"fp8": "deepseek_v3", "mxfp4": "gpt_oss"}.get(kind, "mixtral")
+    bench = Workbench(tmp_path, family, dtype=torch.bfloat16)
+    if kind == "fp8":
+        quantise_fp8(bench.model, 16, 10)
+    if kind == "mxfp4":
+        quantise_mxfp4(bench.model)
+    if kind == "mtp":
+        shutil.rmtree(bench.model)
+        save(bench.model, "qwen")
+        save_tokenizer(bench.model)
+    more: list[str] = []
+    if kind == "uneven":
+        edit_tensors(bench.model / "model.safetensors", double_first_layer)
+        for option in ("plan.score={use: weight-norm}", "plan.budget={use: global, normalise: none}"):
+            more += ["--set", option]
+        more += ["--set", "apply.export=dernkit"]
+    for name in ("cpu", SECOND.type):
+        where = ["--model", str(bench.model), "--out", str(tmp_path / name), "--device", name]
+        succeeded(cli("run", str(bench.recipe), *where, *more))
+    assert_near(tensors(tmp_path / SECOND.type / "model"), tensors(tmp_path / "cpu" / "model"))
+    config = json.loads((tmp_path / "cpu" / "model" / "config.json").read_text())
+    assert ("dernkit_experts" in config) == (kind == "uneven")
+    measured = [Perplexity(bench.text, length=32)]
+    how: Any = {"what": "model", "adapters": [Universal()], "device": SECOND}
+    assert 0 < evaluate(tmp_path / "cpu" / "model", measured, Silent(), **how)["0:perplexity"]["mean/loss"] < 10
 
 
 def test_a_model_in_memory_is_compressed_where_it_lies(model: Path, registry: Registry) -> None:
