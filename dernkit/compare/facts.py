@@ -60,7 +60,7 @@ def similarity(blocks: Sequence[Block]) -> dict[str, Any]:
     matrices: dict[str, list[list[float]]] = {}
     counts: dict[str, list[int]] = {}
     for block in blocks:
-        best = _best_cosines(block.bank())
+        best = _best_cosines(block.bank()).cpu()
         matrices[str(block.layer)] = best.double().mean(2).tolist()
         others = best.masked_fill(torch.eye(len(best), dtype=torch.bool)[:, :, None], -1.0).amax(1)
         found, _ = np.histogram(others.clamp(-1, 1).numpy(), edges)

@@ -65,7 +65,8 @@ def _growing(
 
 
 def _scores(block: Block, scorer: Scorer, stats: LayerStats) -> Tensor:
-    return calls.score(scorer, block.bank(), stats)
+    bank = block.bank()
+    return calls.score(scorer, bank, stats.to(bank.up.device))
 
 
 def _place(growth: Growth, scorer: Scorer, block: Block, tokens: int) -> dict[str, Any]:

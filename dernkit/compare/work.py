@@ -16,7 +16,7 @@ from dernkit.compare.cells import Cell, Growth, Task
 from dernkit.compare.measure import Laboratory, statistics_file
 from dernkit.compare.rows import Row, read_rows, write_rows
 from dernkit.errors import CheckpointError
-from dernkit.models.device import CPU
+from dernkit.models.device import CPU, device_of
 from dernkit.progress import Silent
 from dernkit.registry import Registry
 from dernkit.run import Run
@@ -104,6 +104,7 @@ def start(
         device: where models run and are compressed.
     """
     registry = registry or Registry.load(entry_points=plugins)
+    device = device_of(str(device))  # each process asks torch for itself to give the same bits in every run
     laboratory, places = Laboratory(registry, out / STATISTICS, trust_remote_code, device), Places(out)
 
     def work(task: Task) -> None:

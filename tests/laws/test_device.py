@@ -15,6 +15,8 @@ import torch
 import dernkit
 from dernkit.builtin.evaluators import Fidelity, Perplexity
 from dernkit.builtin.generation import Generation
+from dernkit.compare.engine import Comparison
+from dernkit.compare.rows import read_rows
 from dernkit.models.device import device_of
 from dernkit.models.stack import find_blocks
 from dernkit.models.universal import Universal
@@ -35,6 +37,7 @@ from tests.laws.mtp_checkpoints import save
 from tests.laws.pipeline import DERN, carry_out, recipe, source, tensors
 from tests.laws.test_every_family import TOKENS, every_family
 from tests.second_device import SECOND
+from tests.unit.comparing import Comparing
 from tests.unit.workbench import Workbench, edit_tensors, save_tokenizer, succeeded
 from tests.unit.workbench import dernkit as cli
 
@@ -173,6 +176,20 @@ def test_a_profile(model: Path, registry: Registry) -> None:
     expected = profile(bound, "tiny", model, registry, Silent(), **how)
     found = profile(bound, "tiny", model, registry, Silent(), **{**how, "device": SECOND})
     assert found["ratios"][0]["error"]["mean"] == pytest.approx(expected["ratios"][0]["error"]["mean"], rel=1e-3)
+
+
+def test_a_comparison(tmp_path: Path, registry: Registry) -> None:
+    made = Comparing(tmp_path)
+    recipes = {"prune": "prune.yaml", "dern": "dern.yaml", "sequential": "sequential.yaml"}
+    models = {"mixtral": {"path": "mixtral"}}
+    made.write(models=models, recipes=recipes, seeds=[0], stability={"scorers": ["gate-mass"], "shares": [0.5, 1.0]})
+    found = []
+    for device in (CPU, SECOND):
+        work = Comparison(made.bench(registry), tmp_path / device.type, registry, Silent(), device=device)
+        found.append(read_rows(work.execute()))
+    for row, expected in zip(found[1], found[0], strict=True):
+        assert not row.refused
+        assert row.metrics == pytest.approx(expected.metrics, rel=1e-3, abs=1e-4)
 
 
 def test_auto_is_a_gpu_or_the_cpu() -> None:
