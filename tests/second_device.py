@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 
-NAME = "second"
+NAME = "simulated"
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _MOVING = {"_to_copy", "copy_"}
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "addr", "addr_"}

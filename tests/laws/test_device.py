@@ -78,9 +78,9 @@ def assert_near(found: dict[str, Any], expected: dict[str, Any]) -> None:
 )
 def test_every_recipe(path: Path, model: Path, tmp_path: Path, registry: Registry) -> None:
     bound = shipped(path, model, registry)
-    for name, device in (("cpu", CPU), ("second", SECOND)):
+    for name, device in (("cpu", CPU), ("other", SECOND)):
         Run(bound, "tiny", model, tmp_path / name, registry, Silent(), device=device).execute()
-    assert_near(tensors(tmp_path / "second" / "model"), tensors(tmp_path / "cpu" / "model"))
+    assert_near(tensors(tmp_path / "other" / "model"), tensors(tmp_path / "cpu" / "model"))
 
 
 @every_family

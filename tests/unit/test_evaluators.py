@@ -82,6 +82,8 @@ def test_every_token_is_scored_in_the_first_window_that_reaches_it(
 class Counting:
     """A model of the sequence 0, 1, 2, …: it predicts token t with the probability exp(-t / 64)."""
 
+    device = "cpu"
+
     def get_input_embeddings(self) -> Any:
         return SimpleNamespace(num_embeddings=64)
 
@@ -128,6 +130,7 @@ def test_a_hopeless_model_has_an_infinite_perplexity(text: Path) -> None:
         return SimpleNamespace(logits=torch.full((*input_ids.shape, 96), 0.0).index_fill(2, torch.tensor([95]), 1e4))
 
     model.get_input_embeddings = lambda: SimpleNamespace(num_embeddings=VOCABULARY)  # type: ignore[attr-defined]
+    model.device = "cpu"  # type: ignore[attr-defined]
     found = Perplexity(text).evaluate(Subject(model, lambda text, verbose: {"input_ids": [1] * 9}, text))
     assert (found["calm/loss"], found["calm/perplexity"]) == (1e4, math.inf)
 
@@ -158,6 +161,7 @@ def test_a_model_that_gives_no_numbers_is_refused(subject: Subject, text: Path) 
         return SimpleNamespace(logits=torch.full((*input_ids.shape, VOCABULARY), math.nan))
 
     model.get_input_embeddings = lambda: SimpleNamespace(num_embeddings=VOCABULARY)  # type: ignore[attr-defined]
+    model.device = "cpu"  # type: ignore[attr-defined]
     broken = replace(subject, model=model, original=lambda: subject)
     for evaluator, what in ((Perplexity(text), "loss"), (Fidelity(text), "divergence")):
         with pytest.raises(CheckpointError) as caught:

@@ -88,6 +88,7 @@ def test_a_model_that_says_the_same_again_and_again_is_seen_to_repeat(pair: Subj
         return SimpleNamespace(logits=torch.nn.functional.one_hot(following, 96).float(), past_key_values=None)
 
     model.get_input_embeddings = lambda: SimpleNamespace(num_embeddings=96)  # type: ignore[attr-defined]
+    model.device = "cpu"  # type: ignore[attr-defined]
     found = Generation(folder, new_tokens=20, prompts=1, prompt_length=3).evaluate(replace(pair, model=model))
     assert found["mean/distinct"] == 5 / 20
     assert found["mean/repetition"] == (17 - 5) / 17
