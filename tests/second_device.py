@@ -7,7 +7,8 @@ multiplied. What it computes is what the CPU computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils import backend_registration
 NAME = "simulated"
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _MOVING = {"_to_copy", "copy_"}
+_MAKING = {"empty", "empty_like", "empty_strided", "detach", "zeros", "arange"}
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "addr", "addr_"}
 
 
@@ -43,11 +45,25 @@ class Second(torch.Tensor):
         return _run(func, args, kwargs or {})
 
 
+_computed = 0
+"""Operations so far, but for copies."""
+
+
+@contextmanager
+def in_use() -> Iterator[None]:
+    """What is computed inside must be computed there, at least in part."""
+    before = _computed
+    yield
+    assert _computed > before, "nothing was computed on the second device"
+
+
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    global _computed
     name = func.overloadpacket.__name__
     flat, spec = pytree.tree_flatten((args, kwargs))
     if name not in _MOVING:
         _refuse(name, args, kwargs, flat)
+        _computed += name not in _MAKING
     there = {id(value.raw): value for value in flat if isinstance(value, Second)}
     given, named = pytree.tree_unflatten([_raw(value) for value in flat], spec)
     if name == "histc" and not given[0].is_floating_point():  # a GPU's counts integers, the CPU's does not

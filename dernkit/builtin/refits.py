@@ -54,9 +54,7 @@ class LeastSquares:
         part = parts(stats, self.parts)[: self.tokens]
         routing = after.route(seen)
         residual = whole - layer_output(after, inputs, routing)
-        change = torch.zeros_like(
-            after.down.transpose(1, 2), dtype=torch.float64, memory_format=torch.contiguous_format
-        )
+        change = torch.zeros(after.down.transpose(1, 2).shape, dtype=torch.float64, device=after.down.device)
         tasks = [_Turn(after, expert, inputs, rows, c) for expert, rows, c in turns(routing, range(len(change)))]
         fits: dict[int, tuple[float, System] | None] = {}
         for _ in range(self.passes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from tests.laws.every_model import load, saved
 from tests.laws.mtp_checkpoints import save
 from tests.laws.pipeline import DERN, carry_out, recipe, source, tensors
 from tests.laws.test_every_family import TOKENS, every_family
-from tests.second_device import SECOND
+from tests.second_device import SECOND, in_use
 from tests.unit.comparing import Comparing
 from tests.unit.workbench import Workbench, edit_tensors, save_tokenizer, succeeded
 from tests.unit.workbench import dernkit as cli
@@ -78,8 +79,9 @@ def assert_near(found: dict[str, Any], expected: dict[str, Any]) -> None:
 )
 def test_every_recipe(path: Path, model: Path, tmp_path: Path, registry: Registry) -> None:
     bound = shipped(path, model, registry)
-    for name, device in (("cpu", CPU), ("other", SECOND)):
-        Run(bound, "tiny", model, tmp_path / name, registry, Silent(), device=device).execute()
+    Run(bound, "tiny", model, tmp_path / "cpu", registry, Silent(), device=CPU).execute()
+    with in_use():
+        Run(bound, "tiny", model, tmp_path / "other", registry, Silent(), device=SECOND).execute()
     assert_near(tensors(tmp_path / "other" / "model"), tensors(tmp_path / "cpu" / "model"))
 
 
@@ -89,12 +91,15 @@ def test_every_family(tmp_path: Path, registry: Registry, family: str) -> None:
     saved(folder, family)
     bound = recipe(registry, assign={**DERN, "quantile": 0.5}, router="additive", score="reap")
     found: list[Any] = []
-    for device in (CPU, SECOND):
+    for device, watched in ((CPU, nullcontext), (SECOND, in_use)):
         opened = replace(source(folder), device=device)
         how: Any = {"sample_size": 64, "seed": 0, "progress": Silent()}
-        stats = calibrate_checkpoint(opened, batched(TOKENS, 2), frozenset(STATISTICS), **how)
-        plans = plan_checkpoint(opened, bound.plan, stats, Silent())
-        carry_out(opened, plans, bound, tmp_path / device.type)
+        with watched():
+            stats = calibrate_checkpoint(opened, batched(TOKENS, 2), frozenset(STATISTICS), **how)
+        with watched():
+            plans = plan_checkpoint(opened, bound.plan, stats, Silent())
+        with watched():
+            carry_out(opened, plans, bound, tmp_path / device.type)
         found.append((stats, [plan.kept.tolist() for plan in plans], tensors(tmp_path / device.type)))
     (expected, kept, weights), (stats, also_kept, also_weights) = found
     assert also_kept == kept
