@@ -65,8 +65,7 @@ def _growing(
 
 
 def _scores(block: Block, scorer: Scorer, stats: LayerStats) -> Tensor:
-    bank = block.bank()
-    return calls.score(scorer, bank, stats.to(bank.up.device))
+    return calls.score(scorer, block.bank(), stats)
 
 
 def _place(growth: Growth, scorer: Scorer, block: Block, tokens: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ _Decision = TypeVar("_Decision", Retention, Assignment)
 def score(scorer: Scorer, bank: ExpertBank, stats: LayerStats) -> Float64[Tensor, " experts"]:
     """Finite scores of all experts, on the CPU."""
     call = Call("scorer", scorer, bank.dims.layer)
-    scores = call("score", bank=bank, stats=call.seen(stats))
+    scores = call("score", bank=bank, stats=_there(call, bank, stats))
     call.tensor(scores, "score", (bank.dims.experts,), torch.float64)
     return call.finite(scores, "score").cpu()
 
@@ -53,7 +53,9 @@ def score(scorer: Scorer, bank: ExpertBank, stats: LayerStats) -> Float64[Tensor
 def measure(budget: Budget, bank: ExpertBank, scores: Float64[Tensor, " experts"], stats: LayerStats) -> Tensor:
     """A finite tensor on the CPU."""
     call = Call("budget", budget, bank.dims.layer)
-    measured = call.instance(call("measure", bank=bank, scores=scores, stats=call.seen(stats)), "measure", Tensor)
+    measured = call.instance(
+        call("measure", bank=bank, scores=scores, stats=_there(call, bank, stats)), "measure", Tensor
+    )
     return call.finite(measured, "measure").cpu()
 
 
@@ -77,7 +79,7 @@ def select(
 ) -> Retention:
     """As many experts as asked for, ascending, the same number from each of the router's groups; on the CPU."""
     call = Call("selector", selector, bank.dims.layer)
-    found = call("select", bank=bank, scores=scores, count=count, stats=call.seen(stats))
+    found = call("select", bank=bank, scores=scores, count=count, stats=_there(call, bank, stats))
     found = _on_cpu(call.instance(found, "select", Retention))
     _check_kept(call, found.kept, bank.dims, count)
     call.tensor(found.scores, "scores", tuple(scores.shape), torch.float64)
@@ -108,7 +110,7 @@ def _check_kept(call: Call, kept: Any, dims: LayerDims, count: int) -> None:
 def assign(assigner: Assigner, bank: ExpertBank, retention: Retention, stats: LayerStats) -> Assignment:
     """Moves from segments of dropped experts to kept ones. One segment may go to several experts. On the CPU."""
     call = Call("assigner", assigner, bank.dims.layer)
-    found = call("assign", bank=bank, retention=retention, stats=call.seen(stats))
+    found = call("assign", bank=bank, retention=retention, stats=_there(call, bank, stats))
     moves = _on_cpu(call.instance(found, "assign", Assignment))
     count = len(call.instance(moves.source, "source", Tensor).flatten())
     width, kept = bank.dims.width, retention.kept
@@ -265,6 +267,11 @@ def render(report: Report, run: Mapping[str, Any]) -> str:
     """The text of a report."""
     call = Call("report", report)
     return call.instance(call("render", run=run), "render", str)
+
+
+def _there(call: Call, bank: ExpertBank, stats: LayerStats) -> LayerStats:
+    """What the component may see, where the weights lie."""
+    return call.seen(stats).to(bank.up.device)
 
 
 def _on_cpu(found: _Decision) -> _Decision:

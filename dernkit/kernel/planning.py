@@ -20,7 +20,6 @@ def plan_layer(
     assigner: Assigner | None,
 ) -> LayerPlan:
     """Score the experts, keep ``kept_count``, assign the other experts' segments (None: discard them)."""
-    stats = stats.to(bank.up.device)
     scores = calls.score(scorer, bank, stats)
     return plan_from_scores(bank, stats, scores, kept_count, selector, assigner)
 
@@ -39,7 +38,7 @@ def plan_from_scores(
     assigner: Assigner | None,
 ) -> LayerPlan:
     """As :func:`plan_layer`, for scores that are known (a budget needs those of all layers first)."""
-    dims, stats = bank.dims, stats.to(bank.up.device)
+    dims = bank.dims
     if kept_count < dims.experts:
         retention = calls.select(selector, bank, scores, kept_count, stats)
     else:

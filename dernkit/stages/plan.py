@@ -127,7 +127,7 @@ def score_blocks(
         weights.load(block.path)
         block.check()
         bank = block.bank()
-        seen = _of(stats, block).to(bank.up.device)
+        seen = _of(stats, block)
         scores.append(calls.score(decisions.scorer, bank, seen))
         measures.append(calls.measure(decisions.budget, bank, scores[-1], seen))
         weights.unload(block.path)
